@@ -1,0 +1,40 @@
+# Two commands matter: `make demo` and `make test`. Each installs what it needs the first time.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DEMO := build/demo
+
+.PHONY: demo test test-slow lint wheel clean
+
+demo: $(STAMP)
+	$(BIN)/compress quantize --method fp4 smollm2-135m --output $(DEMO) --force
+	$(BIN)/compress eval $(DEMO) --baseline smollm2-135m --max-tokens 2048
+	$(BIN)/compress generate $(DEMO) --baseline smollm2-135m --prompt "Why is the sky blue?" --max-new-tokens 40
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -q -m slow
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Builds the wheel and imports it from an empty folder: the linked packages must be real files in it.
+wheel: $(STAMP)
+	rm -rf build/wheel && mkdir -p build/wheel/site
+	$(BIN)/python -m pip wheel -q --no-deps --wheel-dir build/wheel .
+	$(BIN)/python -m pip install -q --no-deps --target build/wheel/site build/wheel/*.whl
+	cd build/wheel && PYTHONPATH=site ../../$(BIN)/python -c "import compressor.kernels.dispatch, compressor.evals.compare, compressor.calibration.stats, pathlib; assert 'site' in compressor.__file__; assert (pathlib.Path(compressor.__file__).parent / 'methods/fp4.md').is_file()"
+
+clean:
+	rm -rf $(VENV) build
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --constraint constraints.txt --upgrade pip
+	$(BIN)/python -m pip install -q --constraint constraints.txt --editable ".[dev]"
+	touch $@

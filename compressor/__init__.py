@@ -1,0 +1,26 @@
+"""Compress Hugging Face checkpoints: quantize, write, reload, measure.
+
+The public API is what this module exports: `quantize`, `load`, and the errors in `compressor.errors`. Importing it is
+cheap; torch and transformers load when a function is first touched.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from compressor.api import quantize
+    from compressor.runtime import load
+
+_LAZY = {"quantize": "compressor.api", "load": "compressor.runtime"}
+
+__all__ = ["__version__", "load", "quantize"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,384 @@
+"""The package's functions: what the command line does, from Python."""
+
+from __future__ import annotations
+
+import platform
+import re
+import resource
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from compressor import __version__
+from compressor import output as output_files
+from compressor.calibration.dataset import CalibrationSet, Generate, build
+from compressor.checkpoint.blocks import BlockSequence
+from compressor.checkpoint.export import copy_side_files, quantization_config
+from compressor.checkpoint.resolve import resolve_model
+from compressor.checkpoint.sink import WORK, write_json
+from compressor.checkpoint.skeleton import Skeleton, quiet, read_config
+from compressor.checkpoint.source import Source, read_json
+from compressor.engine import Engine
+from compressor.errors import CheckpointError, CompressorError, RecipeError, VerificationError, disk_error
+from compressor.formats import get_format, parse_group_size
+from compressor.methods import get_method
+from compressor.methods.base import Method, Stream
+from compressor.plan import Plan, digest
+from compressor.planner import make_plan
+from compressor.recipe import CalibrationSpec, Recipe
+from compressor.report import Progress, RunReport, Silent
+from compressor.verify import verify
+
+EVALUATION = "compress_eval.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A planned run: everything known from headers, nothing computed yet."""
+
+    recipe: Recipe
+    out: Path
+    source: Source
+    skeleton: Skeleton
+    blocks: BlockSequence
+    method: Method
+    plan: Plan
+
+
+def quantize(
+    model: str,
+    *,
+    method: str = "fp4",
+    format: str | None = None,
+    group_size: int | str | None = None,
+    output: str | Path | None = None,
+    data: str = "python-docs",
+    n_samples: int = 32,
+    seq_len: int = 512,
+    skip: Sequence[str] = (),
+    options: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    force: bool = False,
+    progress: Progress | None = None,
+) -> RunReport:
+    """Compress a checkpoint and write it as safetensors; the same as `compress quantize`.
+
+    Args:
+        model: Embedded model name, checkpoint folder, or Hub id.
+        method: See `compress list methods`.
+        format: See `compress list formats`; None picks the method's default.
+        group_size: Inputs per scale, `"channel"`, or None for the format's default.
+        output: Folder to write; None means `./<name>-<method>-<format>`.
+        data: Calibration text: preset, local file, or Hub dataset.
+        n_samples: Windows of calibration text.
+        seq_len: Tokens per window.
+        skip: Globs of tensors that stay dense.
+        options: Options of the method.
+        seed: Seed of everything random.
+        device: `auto`, `cpu`, `cuda`, ...
+        force: Overwrite an earlier result.
+        progress: Who is told how far it is.
+
+    Raises:
+        CompressorError: See `compressor.errors`; nothing that loads is left behind.
+    """
+    recipe = Recipe(
+        model=model,
+        method=method,
+        options=dict(options or {}),
+        format=format,
+        group_size=None if group_size is None else str(group_size),
+        skip=tuple(skip),
+        calibration=CalibrationSpec(data=data, n_samples=n_samples, seq_len=seq_len),
+        seed=seed,
+    )
+    job = prepare(recipe, Path(output) if output is not None else None, device=device, force=force)
+    return execute(job, force=force, progress=progress or Silent())
+
+
+def prepare(recipe: Recipe, out: Path | None = None, *, device: str = "auto", force: bool = False) -> Job:
+    """Plan a run from headers alone: what `--dry-run` shows.
+
+    Raises:
+        CompressorError: Anything that can be known to be wrong before reading weights.
+    """
+    method = get_method(recipe.method, recipe.options)
+    if recipe.format is not None:
+        get_format(recipe.format, parse_group_size(recipe.format, recipe.group_size), torch.bfloat16)
+    path, revision = resolve_model(recipe.model)
+    if out is not None:
+        output_files.check_output(out, force)
+    source = Source.open(path, recipe.model, revision)
+    skeleton = Skeleton.build(path, pick_device(device))
+    blocks = BlockSequence.find(skeleton.model)
+    plan = make_plan(recipe, source, skeleton, blocks)
+    if out is None:
+        out = default_output(recipe, plan.format)
+        output_files.check_output(out, force)
+    limit = getattr(skeleton.model.config.get_text_config(), "max_position_embeddings", None)
+    if method.stream is not Stream.NONE and limit and recipe.calibration.seq_len > limit:
+        raise RecipeError(f"--seq-len {recipe.calibration.seq_len}: the model reads at most {limit} tokens")
+    resolved = recipe.model_copy(update={"format": plan.format})
+    return Job(resolved, out, source, skeleton, blocks, method, plan)
+
+
+def execute(job: Job, *, force: bool = False, progress: Progress | None = None) -> RunReport:
+    """Run a planned job: calibrate, compress, write, verify.
+
+    Raises:
+        CompressorError: See `compressor.errors`; finished units are kept for the next run where that makes sense.
+    """
+    progress = progress or Silent()
+    started = time.monotonic()
+    calibration = None
+    if job.method.stream is not Stream.NONE:
+        progress.stage("reading calibration data")
+        calibration = calibrate(job)
+        for event in calibration.events:
+            progress.event(event)
+    progress.stage("hashing the source")
+    parts = digest_parts(job, calibration)
+    plan = replace(job.plan, digest=digest(parts))
+    with output_files.claimed(job.out, parts, plan.digest, force):
+        report = _run(job, plan, calibration, progress)
+        report.seconds = time.monotonic() - started
+        report.peak_rss = peak_rss()
+        write_json(job.out / output_files.REPORT, report.to_json())
+    output_files.finish(job.out)
+    return report
+
+
+def _run(job: Job, plan: Plan, calibration: CalibrationSet | None, progress: Progress) -> RunReport:
+    tokens = None if calibration is None else calibration.tokens
+    engine = Engine(plan, job.source, job.skeleton, job.blocks, job.method, tokens, job.out, job.recipe.seed, progress)
+    resumed_at = len(engine.journal.read())
+    units = engine.run()
+    progress.stage("writing")
+    probe = job.out / WORK / "probe.safetensors"
+    inputs = {name: value.cpu() for name, value in engine.probe_inputs().items()}
+    save_file({"inputs": next(iter(inputs.values())), "logits": engine.probe_output(units[-1]).cpu()}, probe)
+    engine.sink.publish()
+    copy_side_files(job.source, job.out)
+    write_json(
+        job.out / output_files.RECIPE, {**job.recipe.model_dump(mode="json"), "source_revision": job.source.revision}
+    )
+    config = dict(job.source.config)
+    config["quantization_config"] = quantization_config(plan, engine.fmt, job.skeleton.model)
+    write_json(job.out / "config.json", config)
+    progress.stage("verifying in a fresh process")
+    verification = _verify(job.out, probe)
+    rows = [row for unit in units for row in unit.rows]
+    errors = [row.error for row in rows if row.error is not None]
+    return RunReport(
+        output=str(job.out),
+        digest=plan.digest,
+        recipe=job.recipe.model_dump(mode="json"),
+        versions=versions(),
+        rows=rows,
+        events=[event for unit in units for event in unit.events] + list(calibration.events if calibration else ()),
+        bytes_before=plan.bytes_before,
+        bytes_after=plan.bytes_after,
+        bits_per_weight=plan.bits_per_weight,
+        mean_error=sum(errors) / len(errors) if errors else None,
+        resumed_at=resumed_at,
+        verification=verification,
+    )
+
+
+def _verify(out: Path, probe: Path) -> dict[str, Any]:
+    """Reload in a fresh process; a result that cannot be trusted is made unloadable before the error goes on."""
+    try:
+        result = verify(out, probe)
+        if not result.ok:
+            differ = f"reloaded logits differ by {result.relative_error:.2e}, allowed is {result.tolerance:.0e}"
+            raise VerificationError(
+                f"{out}: {result.error or differ}",
+                "this is a bug: please report it with the model's config.json",
+            )
+    except CompressorError:
+        (out / "config.json").replace(out / "config.json.failed")
+        raise
+    return result.to_json()
+
+
+def calibrate(job: Job) -> CalibrationSet:
+    """Build the calibration set of a job.
+
+    Raises:
+        CompressorError: Before any work: unreadable, too little, or not this model's vocabulary.
+    """
+    tokenizer = load_tokenizer(job.source.path)
+    vocab_size = job.skeleton.model.config.get_text_config().vocab_size
+    return build(job.recipe.calibration, tokenizer, vocab_size, seed=job.recipe.seed, generate=_generator(job))
+
+
+def _generator(job: Job) -> Generate:
+    """Return a function that lets the full-precision model write its own calibration text."""
+
+    def generate(n_samples: int, seq_len: int, seed: int) -> Tensor:
+        from compressor.runtime import load
+
+        model: Any = load(job.source.path)
+        torch.manual_seed(seed)  # transformers samples from the global generator
+        vocab_size = model.config.get_text_config().vocab_size
+        start = torch.randint(0, vocab_size, (n_samples, 1))
+        rows = []
+        with torch.no_grad(), quiet():
+            for sample in range(n_samples):
+                # Sampled, not greedy: greedy text of small models repeats itself.
+                out = model.generate(
+                    start[sample : sample + 1],
+                    attention_mask=torch.ones(1, 1, dtype=torch.long),
+                    do_sample=True,
+                    top_k=0,
+                    max_new_tokens=seq_len,
+                    min_new_tokens=seq_len,
+                    pad_token_id=0,
+                    use_cache=True,
+                )
+                rows.append(out[0, 1:])
+        return torch.stack(rows)
+
+    return generate
+
+
+def load_tokenizer(path: Path) -> Any:
+    """Load a checkpoint's tokenizer, never running code from it.
+
+    Raises:
+        CheckpointError: It has none, or it is unreadable.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        with quiet():
+            return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # transformers raises whatever the files provoke
+        raise CheckpointError(f"{path}: no usable tokenizer: {str(error).splitlines()[0]}", "copy it there") from error
+
+
+def digest_parts(job: Job, calibration: CalibrationSet | None) -> dict[str, Any]:
+    """Return what determines the bytes of a result, by name."""
+    recipe = job.recipe.model_dump(mode="json", exclude={"model", "calibration"})
+    return {
+        **{f"recipe.{key}": value for key, value in recipe.items()},
+        "calibration": calibration.fingerprint if calibration else None,
+        "source": job.source.fingerprint,
+        "device": job.skeleton.device.type,
+        "package version": __version__,
+        "torch version": torch.__version__,
+    }
+
+
+def default_output(recipe: Recipe, format_name: str) -> Path:
+    """Return `./<name>-<method>-<format>`."""
+    name = Path(recipe.model.partition("@")[0]).resolve().name if recipe.model else "model"
+    name = re.sub(r"[^\w.-]+", "-", name)
+    return Path(f"{name}-{recipe.method}-{format_name}")
+
+
+def pick_device(name: str) -> torch.device:
+    """Turn `--device` into a device; `auto` is CUDA where there is one.
+
+    Raises:
+        RecipeError: Unknown or absent.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise RecipeError(f"--device {name}: {str(error).splitlines()[0]}", "try --device cpu") from error
+    return device
+
+
+def versions() -> dict[str, str]:
+    """Return the versions a result depends on."""
+    names = ("torch", "transformers", "compressed-tensors", "safetensors")
+    return {"compressor": __version__, "python": platform.python_version(), **{n: version(n) for n in names}}
+
+
+def peak_rss() -> int:
+    """Return the peak resident memory of this process, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def evaluate(
+    directory: str | Path,
+    baseline: str | None = None,
+    *,
+    text: str = "python-docs",
+    max_tokens: int = 8192,
+    context: int = 1024,
+    output: str | Path | None = None,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure a checkpoint against the original and write `compress_eval.json`; the same as `compress eval`.
+
+    Args:
+        directory: The compressed checkpoint.
+        baseline: The original; None takes it from the recipe saved in `directory`.
+        text: Preset (its held-out part), .txt or .jsonl file.
+        max_tokens: Tokens of the text to score, from its start.
+        context: Tokens per window.
+        output: Folder for the JSON; None means `directory`.
+        device: `auto`, `cpu`, `cuda`, ...
+        progress: Who is told how far it is.
+
+    Raises:
+        CompressorError: See `compressor.errors`; nothing is written then.
+    """
+    from compressor.calibration.dataset import load_text, tokenize
+    from compressor.evals.compare import evaluate as compare_folders
+
+    progress = progress or Silent()
+    folder = Path(directory)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such directory", "give the folder that compress quantize wrote")
+    baseline = baseline or _original_of(folder)
+    original, _ = resolve_model(baseline)
+    tokenizer = load_tokenizer(original)
+    vocab_size = read_config(original).get_text_config().vocab_size
+    tokens = tokenize(load_text(text), tokenizer, vocab_size, limit=max_tokens)
+    progress.stage("loading both models")
+
+    def done(windows: int, total: int) -> None:
+        progress.stage(f"window {windows} of {total}")
+
+    comparison = compare_folders(
+        folder,
+        original,
+        tokens,
+        context,
+        names=(str(directory), baseline),
+        device=pick_device(device),
+        progress=done,
+    )
+    result = {**comparison.to_json(), "text": text}
+    target = Path(output) if output is not None else folder
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise disk_error(error, target) from error
+    write_json(target / EVALUATION, result)
+    return result
+
+
+def _original_of(folder: Path) -> str:
+    """Return the model a result was made from, as its saved recipe says."""
+    recipe = folder / output_files.RECIPE
+    if not recipe.is_file():
+        raise RecipeError(f"{folder}: no {output_files.RECIPE} says what it was made from", "name it with --baseline")
+    return str(read_json(recipe).get("model"))

@@ -1,0 +1,252 @@
+"""A model without weights: the class transformers would load, on the meta device, filled one unit at a time.
+
+This is the only file that uses transformers' internal loading functions. They map names on disk to parameters in memory
+(v5 stacks experts into 3-D parameters) and accept the keys of a single block.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+
+from compressor.errors import CheckpointError, UnsupportedError
+from compressor.plan import Where
+
+META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a tensor on disk ends up in memory.
+
+    Attributes:
+        param: Parameter or buffer name in the model; None if the model has no place for it.
+        where: The part of it the tensor fills.
+        simple: False when transformers converts the values in a way that cannot be undone slice by slice.
+    """
+
+    param: str | None
+    where: Where
+    simple: bool = True
+
+
+class Skeleton:
+    """A model on the meta device and the means to fill and empty parts of it.
+
+    Attributes:
+        model: The model, in eval mode. Parameters are float32 on meta until loaded; buffers that are not on disk
+            (rotary tables) are real from the start.
+    """
+
+    def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
+        self.model = model
+        self.device = device
+        mapping = get_model_conversion_mapping(model)
+        self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+
+    @classmethod
+    def build(cls, path: Path, device: torch.device | None = None) -> Skeleton:
+        """Build the class named by `architectures` in `path/config.json`.
+
+        Raises:
+            CheckpointError: The config is not one transformers accepts.
+            UnsupportedError: The architecture is unknown, needs remote code, or is an encoder-decoder.
+        """
+        config = read_config(path)
+        cls_ = model_class(path, config)
+        if getattr(config, "is_encoder_decoder", False):
+            raise UnsupportedError(f"{cls_.__name__}: encoder-decoder models have two block stacks; not supported yet")
+        with torch.device(META), quiet():
+            model = cls_(config)
+        skeleton = cls(model.eval(), device or torch.device("cpu"))
+        skeleton._rebuild_buffers()
+        return skeleton
+
+    def targets(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Target]:
+        """Map every tensor on disk to its place in memory.
+
+        Args:
+            shapes: Name on disk -> shape.
+        """
+        state = self.model.state_dict()
+        prefix = self.model.base_model_prefix
+        converters = {pattern: entry for entry in self._converters for pattern in entry.source_patterns}
+        out: dict[str, Target] = {}
+        for name in shapes:
+            param, pattern = rename_source_key(name, self._renamings, self._converters, prefix, state)
+            if param not in state and name in state:
+                param, pattern = name, None
+            if param not in state:
+                out[name] = Target(None, Where())
+            elif pattern is None:
+                out[name] = Target(param, Where())
+            else:
+                out[name] = _expert_target(param, name, pattern, converters[pattern], shapes)
+        return out
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Fill parameters from tensors named as on disk; values become float32.
+
+        Raises:
+            CheckpointError: A tensor has a shape the model does not expect, or conversion failed.
+        """
+        config = LoadStateDictConfig(
+            device_map={"": str(self.device)}, dtype=torch.float32, weight_mapping=[*self._renamings, *self._converters]
+        )
+        with quiet():
+            info, _ = convert_and_load_state_dict_in_model(self.model, dict(tensors), config)
+        if info.mismatched_keys or info.conversion_errors or info.error_msgs:
+            problem = [*info.mismatched_keys, *info.conversion_errors.values(), *info.error_msgs][0]
+            raise CheckpointError(f"weights do not fit the model: {problem}", "does config.json belong to them?")
+        for target, origin in self.model.all_tied_weights_keys.items():
+            a, b = self._stored(target), self._stored(origin)
+            if a is not None and b is not None and not torch.equal(a, b):
+                raise CheckpointError(
+                    f"{target} and {origin} are tied by config.json but stored with different values",
+                    'set "tie_word_embeddings": false in config.json if both are meant',
+                )
+        self.model.tie_weights()
+
+    def _stored(self, param: str) -> Tensor | None:
+        """Return a parameter's values if it is loaded."""
+        value = self.model.get_parameter(param)
+        return None if value.is_meta else value
+
+    def free(self, params: Iterable[str]) -> None:
+        """Give the memory of these parameters back."""
+        for name in params:
+            parent, _, leaf = name.rpartition(".")
+            module = self.model.get_submodule(parent)
+            parameter, buffer = module._parameters.get(leaf), module._buffers.get(leaf)
+            if parameter is not None:
+                module._parameters[leaf] = nn.Parameter(torch.empty_like(parameter, device=META), requires_grad=False)
+            elif buffer is not None:
+                module._buffers[leaf] = torch.empty_like(buffer, device=META)
+
+    def part(self, param: str, where: Where) -> Tensor:
+        """Return the view of a loaded parameter that one tensor on disk fills; writing to it changes the model."""
+        view: Tensor = where.of(self.model.get_parameter(param).data)
+        return view
+
+    def _rebuild_buffers(self) -> None:
+        """Compute buffers that are not on disk (rotary tables, position ids), as `from_pretrained` does."""
+        owners = {name.rpartition(".")[0] for name, _ in self.model.named_non_persistent_buffers()}
+        for owner in sorted(owners):
+            module = self.model.get_submodule(owner)
+            for leaf in module._non_persistent_buffers_set:
+                if (buffer := module._buffers.get(leaf)) is not None:
+                    module._buffers[leaf] = torch.empty_like(buffer, device=self.device)
+            with torch.no_grad():
+                self.model._init_weights(module)
+
+
+def model_class(path: Path, config: Any) -> type[PreTrainedModel]:
+    """Return the class named by `architectures` in a config.
+
+    Raises:
+        CheckpointError: None is named.
+        UnsupportedError: transformers has no such class.
+    """
+    name = (config.architectures or [None])[0]
+    if name is None:
+        raise CheckpointError(f"{path / 'config.json'}: names no architecture", 'add "architectures": ["ClassName"]')
+    found = getattr(transformers, str(name), None)
+    if not isinstance(found, type) or not issubclass(found, PreTrainedModel):
+        raise UnsupportedError(
+            f"{path}: architecture {name!r} is not in transformers {transformers.__version__}",
+            "check `architectures` in config.json, or upgrade transformers",
+        )
+    return found
+
+
+def read_config(path: Path) -> Any:
+    """Read a model's config with transformers, never running code from the checkpoint.
+
+    Raises:
+        CheckpointError: transformers rejects it.
+    """
+    try:
+        with quiet():
+            return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # transformers raises whatever the config's fields provoke
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{path / 'config.json'}: {reason}", "is it a transformers config?") from error
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence transformers' progress bars and notices; errors still raise."""
+    from transformers.utils import logging as hf_logging
+
+    bars, level = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
+    hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def _expert_target(
+    param: str, name: str, pattern: str, converter: WeightConverter, shapes: Mapping[str, tuple[int, ...]]
+) -> Target:
+    """Locate one expert's projection inside the stack it is merged into."""
+    operations = [type(operation) for operation in converter.operations]
+    plain = operations in ([MergeModulelist], [MergeModulelist, Concatenate])
+    dims = [getattr(operation, "dim", None) for operation in converter.operations]
+    expert = _index_at_star(name, pattern)
+    if not plain or dims not in ([0], [0, 1]) or expert is None or len(shapes[name]) != 2:
+        return Target(param, Where(), simple=False)
+    if len(operations) == 1:
+        return Target(param, Where(expert))
+    # Concatenated along rows in the order of the converter's source patterns: gate, then up.
+    start = 0
+    for other in converter.source_patterns:
+        if other == pattern:
+            return Target(param, Where(expert, (start, start + shapes[name][0])))
+        sibling = _replace_leaf(name, pattern, other)
+        if sibling not in shapes:
+            return Target(param, Where(), simple=False)
+        start += shapes[sibling][0]
+    return Target(param, Where(), simple=False)
+
+
+def _index_at_star(name: str, pattern: str) -> int | None:
+    """Return the number a name on disk has where the pattern has `*`."""
+    tail = pattern.split("*", 1)[-1].rstrip("$")
+    head, found, _ = name.rpartition(_unescape(tail)) if tail else (name, "", "")
+    digits = head.rpartition(".")[2]
+    return int(digits) if found and digits.isdecimal() else None
+
+
+def _replace_leaf(name: str, pattern: str, other: str) -> str:
+    """Return the name that `other` gives to the same expert's other projection."""
+    mine, its = (_unescape(text.split("*", 1)[-1].rstrip("$")) for text in (pattern, other))
+    head, found, tail = name.rpartition(mine)
+    return head + its + tail if found else ""
+
+
+def _unescape(text: str) -> str:
+    return text.replace("\\.", ".")

@@ -1,0 +1,244 @@
+"""Reading a checkpoint: headers first, weights only when asked for, one unit at a time.
+
+A source is a directory with `config.json` and one or several safetensors files. Opening it reads headers only and
+rejects everything that could surprise later: pickles, truncated files, shards outside the folder, names stored twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from compressor.errors import CheckpointError, UnsupportedError
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""Safetensors spelling -> torch dtype."""
+
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+MAX_JSON_BYTES = 64 << 20
+"""A config or index larger than this is not one; the bound keeps memory bounded on hostile input."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor as its file's header describes it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    file: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened checkpoint.
+
+    Attributes:
+        path: The directory.
+        label: What the user called it: a path, an embedded model's name, a Hub id.
+        revision: The commit a Hub id was pinned to, or None.
+        config: Parsed `config.json`.
+        tensors: Every tensor in every shard, by name.
+    """
+
+    path: Path
+    label: str
+    revision: str | None
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+
+    @classmethod
+    def open(cls, path: Path, label: str | None = None, revision: str | None = None) -> Source:
+        """Read config and headers.
+
+        Raises:
+            CheckpointError: The folder, its config or a shard is missing, unreadable, pickled or inconsistent.
+            UnsupportedError: The checkpoint is quantized already.
+        """
+        if not path.is_dir():
+            raise CheckpointError(
+                f"{path}: no such directory", "give a checkpoint folder, or see: compress list models"
+            )
+        config = read_json(path / "config.json")
+        if "quantization_config" in config:
+            method = config["quantization_config"].get("quant_method", "unknown")
+            raise UnsupportedError(
+                f"{path}: is quantized already (quant_method {method!r})", "start from the original checkpoint"
+            )
+        tensors: dict[str, TensorInfo] = {}
+        for file in shard_files(path):
+            for info in read_header(path / file):
+                if info.name in tensors:
+                    raise CheckpointError(f"{path}: {info.name} is stored in two shards", "the index is inconsistent")
+                tensors[info.name] = info
+        if not tensors:
+            raise CheckpointError(f"{path}: the safetensors files hold no tensors", "is the download complete?")
+        return cls(path, label or str(path), revision, config, tensors)
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Read tensors into memory of our own, so that closing the file gives its pages back.
+
+        Raises:
+            CheckpointError: A tensor is unreadable or holds NaN or Inf.
+        """
+        out: dict[str, Tensor] = {}
+        with ExitStack() as stack:
+            handles: dict[str, Any] = {}
+            for name in names:
+                info = self.tensors[name]
+                try:
+                    if info.file not in handles:
+                        handles[info.file] = stack.enter_context(safe_open(self.path / info.file, framework="pt"))
+                    tensor = handles[info.file].get_tensor(name).clone()
+                except (OSError, SafetensorError) as error:
+                    raise CheckpointError(f"{info.file}: cannot read {name}: {error}", "download it again") from error
+                check_finite(name, tensor)
+                out[name] = tensor
+        return out
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over config and every shard's content, so that the same weights are known by any path."""
+        total = hashlib.sha256()
+        for file in ["config.json", *shard_files(self.path)]:
+            total.update(f"{file}\0{sha256_file(self.path / file)}\n".encode())
+        return total.hexdigest()
+
+    @property
+    def dtype(self) -> str:
+        """The dtype most weight bytes are stored in, in safetensors spelling."""
+        sizes: dict[str, int] = {}
+        for info in self.tensors.values():
+            if info.dtype in ("F64", "F32", "F16", "BF16"):
+                sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
+        if not sizes:
+            raise UnsupportedError(f"{self.path}: no floating-point weights", "start from the original checkpoint")
+        return max(sizes, key=lambda name: sizes[name])
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Parse a JSON object from a file of bounded size.
+
+    Raises:
+        CheckpointError: Missing, too large, not UTF-8, not JSON, or not an object.
+    """
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise CheckpointError(f"{path}: {path.stat().st_size} bytes is no config", "is this the right folder?")
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file", "is this a Hugging Face checkpoint folder?") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON: {error}", "download it again") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: holds a {type(data).__name__}, not an object", "download it again")
+    return data
+
+
+def shard_files(path: Path) -> list[str]:
+    """Return the safetensors file names of a checkpoint folder, sorted.
+
+    Raises:
+        CheckpointError: There are none, one is missing, or a name points outside the folder.
+    """
+    if (path / INDEX).exists():
+        weight_map = read_json(path / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{path / INDEX}: no weight_map", "download it again")
+        files = sorted({str(file) for file in weight_map.values()})
+        for file in files:
+            if Path(file).name != file or not file.endswith(".safetensors"):
+                raise CheckpointError(f"{INDEX}: shard {file!r} is not a file of this folder", "do not trust this one")
+            if not (path / file).is_file():
+                raise CheckpointError(f"{path / file}: no such file, but the index names it", "download it again")
+        return files
+    if (path / SINGLE).is_file():
+        return [SINGLE]
+    others = sorted(file.name for file in path.glob("*.safetensors"))
+    if others:
+        raise CheckpointError(f"{path}: has {others[0]} but no {INDEX}", "download the index too")
+    pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in path.glob(pattern))
+    if pickles:
+        raise CheckpointError(
+            f"{path}: only pickled weights ({pickles[0]}), which can run code when opened",
+            "convert it: load it where you trust it and save_pretrained(..., safe_serialization=True)",
+        )
+    raise CheckpointError(f"{path}: no safetensors file", "is this a Hugging Face checkpoint folder?")
+
+
+def read_header(path: Path) -> Iterator[TensorInfo]:
+    """Yield the tensors of one safetensors file from its header.
+
+    Raises:
+        CheckpointError: The file is truncated, its header is corrupt, or it uses a dtype torch does not have.
+    """
+    try:
+        with safe_open(path, framework="pt") as handle:
+            for name in handle.keys():  # noqa: SIM118 - not a dict
+                view = handle.get_slice(name)
+                dtype, shape = view.get_dtype(), tuple(view.get_shape())
+                if dtype not in DTYPES:
+                    raise CheckpointError(f"{path}: {name} has dtype {dtype}", "start from the original checkpoint")
+                count = 1
+                for size in shape:
+                    count *= size
+                yield TensorInfo(name, dtype, shape, count * DTYPES[dtype].itemsize, path.name)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: not a complete safetensors file: {error}", "download it again") from error
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raise if a floating-point tensor holds NaN or Inf.
+
+    Raises:
+        CheckpointError: Names the tensor, how many values are bad, and where the first one is.
+    """
+    if not tensor.is_floating_point() or tensor.dtype.itemsize == 1:
+        return
+    # The sum is NaN or Inf whenever one value is; only then look at every value.
+    if torch.isfinite(tensor.sum(dtype=torch.float64)):
+        return
+    bad = ~torch.isfinite(tensor)
+    if not bad.any():
+        return
+    first = tuple(bad.nonzero()[0].tolist())
+    raise CheckpointError(
+        f"{name}: {int(bad.sum())} of {tensor.numel()} values are NaN or Inf, the first at {first}",
+        "the checkpoint is damaged; download it again or train on",
+    )
+
+
+def sha256_file(path: Path) -> str:
+    """Return a file's SHA-256, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()

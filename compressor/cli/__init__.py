@@ -1,0 +1,1 @@
+"""The command line: words into calls. Rich and Typer live here and nowhere else."""

@@ -1,0 +1,38 @@
+"""`compress generate DIR --prompt TEXT`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from compressor.cli.render import STDOUT, print_json
+
+
+def generate(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="Checkpoint folder or embedded model.")],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What the model answers or continues.")],
+    baseline: Annotated[str | None, typer.Option("--baseline", "-b", help="Show the original's text too.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Upper bound of the answer.")] = 64,
+    chat: Annotated[bool, typer.Option("--chat/--plain", help="Use the chat template if there is one.")] = True,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    json_: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Let a checkpoint answer a prompt, greedily, next to the original if asked."""
+    from compressor.api import load_tokenizer, pick_device
+    from compressor.checkpoint.resolve import resolve_model
+    from compressor.evals.generate import generate as answer
+    from compressor.runtime import load
+
+    texts = {}
+    for name in (baseline, directory) if baseline else (directory,):
+        path = Path(name) if Path(name).is_dir() else resolve_model(name)[0]
+        model = load(path, device=pick_device(device))
+        texts[name] = answer(model, load_tokenizer(path), prompt, max_new_tokens, chat).text
+    if json_:
+        print_json({"prompt": prompt, "texts": texts})
+        return
+    STDOUT.print(f"prompt: {prompt}", soft_wrap=True, markup=False)
+    for name, text in texts.items():
+        STDOUT.print(f"\n{name}:\n  {text.strip()}", soft_wrap=True, markup=False)

@@ -1,0 +1,69 @@
+"""`compress list methods|formats|models [NAME]`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from compressor.cli.render import STDOUT, print_json, table
+from compressor.errors import did_you_mean
+
+WHAT = ("formats", "methods", "models")
+
+
+def listing(
+    what: Annotated[str, typer.Argument(help="methods, formats or models.")],
+    name: Annotated[str | None, typer.Argument(help="Show one in full.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """List what can be asked for."""
+    if what not in WHAT:
+        raise did_you_mean("list", what, WHAT)
+    entries = _entries(what)
+    if name is not None and name not in entries:
+        raise did_you_mean(what.removesuffix("s"), name, entries)
+    if name is not None and what == "methods":
+        _method(name, json_)
+        return
+    chosen = {name: entries[name]} if name is not None else entries
+    if json_:
+        print_json({what: chosen})
+    else:
+        STDOUT.print(table(what, ["name", ""], [[key, text] for key, text in chosen.items()]))
+
+
+def _entries(what: str) -> dict[str, str]:
+    if what == "methods":
+        from compressor.methods import SUMMARIES
+
+        return SUMMARIES
+    if what == "formats":
+        from compressor.formats import SUMMARIES as FORMATS
+
+        return FORMATS
+    from compressor.checkpoint.default_model import EMBEDDED
+
+    return {key: model.summary for key, model in EMBEDDED.items()}
+
+
+def _method(name: str, json_: bool) -> None:
+    """Print a method's page and its options with their defaults."""
+    import sys
+
+    from compressor import methods
+    from compressor.methods.base import describe_options
+
+    cls: Any = methods.method_class(name)
+    options = describe_options(cls.Options)
+    page = Path(sys.modules[cls.__module__].__file__ or "").with_suffix(".md").read_text(encoding="utf-8")
+    if json_:
+        print_json({"name": name, "summary": cls.summary, "options": options, "page": page})
+        return
+    from rich.markdown import Markdown
+
+    STDOUT.print(Markdown(page))
+    if options:
+        rows = [[entry["name"], str(entry["default"]), entry["description"]] for entry in options]
+        STDOUT.print(table("options (--option KEY=VALUE)", ["option", "default", "meaning"], rows))

@@ -1,0 +1,135 @@
+"""`compress quantize MODEL`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from compressor.cli.render import STDERR, STDOUT, RichProgress, duration, print_json, report_table, size, table
+from compressor.errors import RecipeError
+
+if TYPE_CHECKING:
+    from compressor.api import Job
+
+
+def quantize(
+    model: Annotated[str, typer.Argument(help="Embedded model, checkpoint folder, or Hub id[@revision].")],
+    method: Annotated[str, typer.Option("--method", "-m", help="See: compress list methods.")] = "fp4",
+    format: Annotated[str | None, typer.Option("--format", "-f", help="See: compress list formats.")] = None,
+    group_size: Annotated[str | None, typer.Option(help="Inputs per scale, or 'channel'.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write.", show_default=False)] = None,
+    data: Annotated[str, typer.Option(help="Calibration text: preset, .txt, .jsonl, or Hub dataset.")] = "python-docs",
+    n_samples: Annotated[int, typer.Option(min=1, max=65_536, help="Windows of calibration text.")] = 32,
+    seq_len: Annotated[int, typer.Option(min=2, max=1_048_576, help="Tokens per window.")] = 512,
+    skip: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Leave tensors dense (repeatable).")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="Option of the method (repeatable).")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an earlier result.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; read no weights.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+) -> None:
+    """Compress a checkpoint and write it as safetensors."""
+    options = parse_options(option or [])
+    check_names(method, format, group_size, options)
+    from compressor.api import execute, prepare
+    from compressor.recipe import CalibrationSpec, Recipe
+
+    recipe = Recipe(
+        model=model,
+        method=method,
+        options=options,
+        format=format,
+        group_size=group_size,
+        skip=tuple(skip or ()),
+        calibration=CalibrationSpec(data=data, n_samples=n_samples, seq_len=seq_len),
+        seed=seed,
+    )
+    if not quiet and not json_:
+        STDERR.print(f"compress quantize {model}: method {method}", soft_wrap=True, markup=False)
+    job = prepare(recipe, output, device=device, force=force)
+    if dry_run:
+        show_plan(job, json_)
+        return
+    with RichProgress(quiet) as progress:
+        report = execute(job, force=force, progress=progress).to_json()
+    if json_:
+        print_json(report)
+    else:
+        STDOUT.print(report_table(report))
+        events = len(report["events"])
+        if events:
+            STDOUT.print(f"{events} notes, see {report['output']}/compress_report.json", soft_wrap=True)
+
+
+def check_names(method: str, format: str | None, group_size: str | None, options: dict[str, Any]) -> None:
+    """Reject unknown names before torch is imported, so that a typo costs no seconds."""
+    from compressor.errors import did_you_mean
+    from compressor.formats import BUILDERS, parse_group_size
+    from compressor.methods import METHODS
+
+    if method not in METHODS:
+        raise did_you_mean("method", method, METHODS)
+    if format is not None and format not in BUILDERS:
+        raise did_you_mean("format", format, BUILDERS)
+    if format is not None:
+        parse_group_size(format, group_size)
+
+
+def parse_options(pairs: list[str]) -> dict[str, Any]:
+    """Turn `KEY=VALUE` strings into options; values are JSON where they parse as JSON.
+
+    Raises:
+        RecipeError: A pair has no `=`, or a key comes twice.
+    """
+    import json
+
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        key, found, text = pair.partition("=")
+        if not found or not key:
+            raise RecipeError(f"--option {pair!r} is not KEY=VALUE", "for example --option sweeps=4")
+        if key in options:
+            raise RecipeError(f"--option {key} is given twice")
+        try:
+            options[key] = json.loads(text)
+        except ValueError:
+            options[key] = text
+    return options
+
+
+def show_plan(job: Job, as_json: bool) -> None:
+    """Print what would happen: sizes, memory, time, and the fate of every tensor."""
+    from compressor.estimate import estimate_seconds
+
+    plan = job.plan
+    seconds = estimate_seconds(plan, job.method, job.recipe.calibration, job.skeleton.device)
+    if as_json:
+        totals = {
+            "output": str(job.out),
+            "bytes_before": plan.bytes_before,
+            "bytes_after": plan.bytes_after,
+            "bits_per_weight": plan.bits_per_weight,
+            "estimated_seconds": round(seconds, 1),
+        }
+        print_json({**plan.to_json(), **totals})
+        return
+    reasons: dict[str, list[int]] = {}
+    for layer in plan.layers:
+        entry = reasons.setdefault(layer.format or f"kept: {layer.kept_because}", [0, 0, 0])
+        entry[0] += 1
+        entry[1] += layer.bytes_before
+        entry[2] += layer.bytes_after
+    rows = [[why, str(count), size(before), size(after)] for why, (count, before, after) in reasons.items()]
+    rows.append(["all", str(len(plan.layers)), size(plan.bytes_before), size(plan.bytes_after)])
+    STDOUT.print(table(f"plan: {job.out}", ["tensors", "count", "before", "after"], rows))
+    STDOUT.print(
+        f"{plan.bits_per_weight:.3f} bits per compressed weight; about {size(plan.peak_bytes)} of tensors in memory "
+        f"at once (libraries add about 0.5 GB); roughly {duration(seconds)} on this machine",
+        soft_wrap=True,
+    )

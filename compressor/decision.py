@@ -1,0 +1,50 @@
+"""What a method decides about one weight. The engine turns decisions into bytes; methods never touch files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from torch import Tensor
+
+from compressor.formats.base import QParams
+from compressor.inputs import InputOp
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Codes on a format's grid.
+
+    Attributes:
+        codes: uint8 `[out, in]`.
+        qparams: The grid, in stored precision.
+        inputs: What must happen to the layer's input at run time, in order; empty for weight-only methods.
+    """
+
+    codes: Tensor
+    qparams: QParams
+    inputs: tuple[InputOp, ...] = ()
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The weight stays as it is, for a reason that goes into the report."""
+
+    reason: str
+
+
+Decision: TypeAlias = Quantized | Kept
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a method returns for the layers it was given.
+
+    Attributes:
+        decisions: Tensor name -> decision; one for every layer of the group.
+        events: Sentences about fall-backs and surprises; each ends in the report.
+    """
+
+    decisions: Mapping[str, Decision]
+    events: tuple[str, ...] = field(default=())

@@ -1,0 +1,49 @@
+"""How long a run will take here: counted operations over this machine's measured matmul rate."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from compressor.methods.base import Method, Stream
+from compressor.plan import Plan
+from compressor.recipe import CalibrationSpec
+
+SECONDS_PER_BYTE = 4e-9
+"""Reading, converting, packing, hashing and writing, per source byte; measured on one CPU core."""
+
+
+def matmul_rate(device: torch.device, size: int = 512) -> float:
+    """Return float32 operations per second of a square matmul, the best of a few short tries."""
+    a = torch.randn(size, size, device=device)
+    best = float("inf")
+    for _ in range(8):
+        started = time.perf_counter()
+        result = a @ a
+        float(result[0, 0])  # waits for the device
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+def estimate_seconds(plan: Plan, method: Method, spec: CalibrationSpec, device: torch.device) -> float:
+    """Estimate wall time: passes over the calibration samples, their statistics, and the method's own search.
+
+    Good to a factor of two; the search is counted as if it ran at the matmul rate.
+    """
+    seconds = plan.bytes_before * SECONDS_PER_BYTE
+    if method.stream is Stream.NONE:
+        return seconds + 5
+    tokens = spec.n_samples * spec.seq_len
+    passes = 2 if method.stream is Stream.BOTH else 1
+    operations = 0.0
+    widths: dict[str, int] = {}
+    for layer in plan.compressed:
+        assert layer.ref.matrix is not None
+        rows, columns = layer.ref.matrix
+        operations += 2.0 * passes * tokens * rows * columns
+        # A search tries a dozen candidates per weight a few times; each costs dozens of element operations.
+        operations += 12 * 5 * 40.0 * rows * columns + 6.0 * rows * columns * columns
+        widths[layer.ref.fed_by] = columns
+    operations += sum(2.0 * tokens * width * width for width in widths.values())
+    return seconds + 5 + operations / matmul_rate(device)

@@ -1,0 +1,187 @@
+"""Reading a compressed-tensors config: which format each module is stored in.
+
+The container is described by `quantization_config` in config.json: groups of modules with one scheme each, chosen by
+targets and an ignore list. Anything we could only run by leaving something out (activation quantization, a KV cache
+scheme, transforms, sparsity) is refused here, because scores of such a run would be those of another model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from compressor.errors import CheckpointError, UnsupportedError
+from compressor.formats.base import QuantFormat
+from compressor.formats.ints import IntFormat
+from compressor.formats.mxfp4 import MXFP4
+from compressor.formats.nvfp4 import NVFP4
+
+_REFUSED = ("kv_cache_scheme", "sparsity_config", "transform_config", "moe_sparsity_config")
+_MIXED = "mixed-precision"
+
+
+@dataclass(frozen=True)
+class Group:
+    """One entry of `config_groups`.
+
+    Attributes:
+        name: Its key, e.g. `group_0`.
+        targets: Module names, `re:` patterns or class names.
+        container: compressed-tensors format name, e.g. `pack-quantized`.
+        weights: The `weights` arguments.
+    """
+
+    name: str
+    targets: tuple[str, ...]
+    container: str
+    weights: Mapping[str, Any]
+
+    def build(self, dtype: torch.dtype) -> QuantFormat:
+        """Return the format object; see `format_from_scheme`."""
+        return format_from_scheme(dict(self.weights), self.container, dtype)
+
+
+@dataclass(frozen=True)
+class Schemes:
+    """A parsed `quantization_config`."""
+
+    groups: tuple[Group, ...]
+    ignore: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, config: Mapping[str, Any]) -> Schemes:
+        """Parse a `quantization_config` object.
+
+        Raises:
+            CheckpointError: Not a complete compressed-tensors config, or not in compressed state.
+            UnsupportedError: It asks for something this package does not run.
+        """
+        method, status = config.get("quant_method"), config.get("quantization_status")
+        if method != "compressed-tensors":
+            raise CheckpointError(
+                f"quantization_config: quant_method is {method!r}, not 'compressed-tensors'",
+                "load it with the package that wrote it, or start from the original checkpoint",
+            )
+        if status != "compressed":
+            raise CheckpointError(
+                f"quantization_config: quantization_status is {status!r}, not 'compressed'",
+                "its weights would load as random numbers elsewhere; write the checkpoint again",
+            )
+        for key in _REFUSED:
+            if config.get(key):
+                raise UnsupportedError(f"quantization_config: {key} is set to {config[key]!r}", "it cannot be run here")
+        entries = config.get("config_groups")
+        if not isinstance(entries, Mapping) or not entries:
+            raise CheckpointError("quantization_config: config_groups is missing or empty", "config.json is damaged")
+        default = config.get("format")
+        groups = tuple(_group(str(name), entry, default) for name, entry in entries.items())
+        return cls(groups, _strings(config.get("ignore"), "ignore"))
+
+    def group_of(self, module: str, classes: Iterable[str]) -> Group | None:
+        """Return the group a module belongs to, or None if no target matches or the ignore list does.
+
+        Exact names win over patterns, patterns over class names; among equals the first group wins.
+
+        Args:
+            module: Full name as in the checkpoint.
+            classes: Names of its class and base classes.
+        """
+        known = tuple(classes)
+        if any(_rank(entry, module, known) is not None for entry in self.ignore):
+            return None
+        best: tuple[int, Group] | None = None
+        for group in self.groups:
+            for target in group.targets:
+                rank = _rank(target, module, known)
+                if rank is not None and (best is None or rank < best[0]):
+                    best = rank, group
+        return best[1] if best else None
+
+
+def format_from_scheme(scheme: Mapping[str, Any], container: str, dtype: torch.dtype) -> QuantFormat:
+    """Return the format that reads weights stored under this scheme.
+
+    Args:
+        scheme: compressed-tensors `weights` arguments; left-out keys have that library's defaults.
+        container: compressed-tensors format name.
+        dtype: Dtype of integer formats' scales (the dtype of the model: readers cast scales to it).
+
+    Raises:
+        UnsupportedError: No format of ours reads it; the message says which argument is the reason.
+    """
+    bits, kind = scheme.get("num_bits", 8), scheme.get("type", "int")
+    strategy, size = scheme.get("strategy"), scheme.get("group_size")
+    if strategy is None:
+        strategy = "tensor" if size is None else "group" if size > 0 else "channel"
+    if not scheme.get("symmetric", True):
+        raise _unsupported(container, "symmetric", False)
+    if scheme.get("dynamic", False):
+        raise _unsupported(container, "dynamic", scheme["dynamic"])
+    if scheme.get("actorder"):
+        raise _unsupported(container, "actorder", scheme["actorder"])
+    if container == "pack-quantized":
+        if kind != "int" or bits not in range(2, 9):
+            raise _unsupported(container, "num_bits, type", (bits, kind))
+        if strategy == "channel":
+            return IntFormat(bits, None, dtype)
+        if strategy == "group" and isinstance(size, int) and size > 0:
+            return IntFormat(bits, size, dtype)
+        raise _unsupported(container, "strategy, group_size", (strategy, size))
+    fixed: dict[str, tuple[str, QuantFormat]] = {
+        "nvfp4-pack-quantized": ("tensor_group", NVFP4()),
+        "mxfp4-pack-quantized": ("group", MXFP4()),
+    }
+    if container not in fixed:
+        raise UnsupportedError(
+            f"compressed-tensors format {container!r} is not supported",
+            f"supported are: pack-quantized, {', '.join(fixed)}",
+        )
+    expected, fmt = fixed[container]
+    if (bits, kind, strategy, size) != (4, "float", expected, fmt.group_size):
+        raise _unsupported(container, "num_bits, type, strategy, group_size", (bits, kind, strategy, size))
+    return fmt
+
+
+def _unsupported(container: str, key: str, value: object) -> UnsupportedError:
+    return UnsupportedError(f"{container} with {key} = {value!r} is not supported", "use another reader for this one")
+
+
+def _group(name: str, entry: Any, default: Any) -> Group:
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("weights"), Mapping):
+        raise CheckpointError(f"config_groups.{name}: has no weights scheme", "config.json is damaged")
+    for key in ("input_activations", "output_activations"):
+        if entry.get(key) is not None:
+            raise UnsupportedError(
+                f"config_groups.{name}: {key} are quantized, which is not simulated here",
+                "a score without it would be that of another model; use a weight-only checkpoint",
+            )
+    container = entry.get("format") or default
+    if not isinstance(container, str) or container == _MIXED:
+        raise CheckpointError(f"config_groups.{name}: format is {container!r}", "each group must name its format")
+    return Group(name, _strings(entry.get("targets"), f"config_groups.{name}.targets"), container, entry["weights"])
+
+
+def _strings(value: Any, where: str) -> tuple[str, ...]:
+    items: Sequence[Any] = [] if value is None else value
+    if not isinstance(items, list | tuple) or not all(isinstance(item, str) for item in items):
+        raise CheckpointError(f"quantization_config: {where} is not a list of strings", "config.json is damaged")
+    for item in items:
+        if item.startswith("re:"):
+            try:
+                re.compile(item[3:])
+            except re.error as error:
+                raise CheckpointError(f"quantization_config: {where}: {item!r}: {error}", "fix the pattern") from None
+    return tuple(items)
+
+
+def _rank(target: str, module: str, classes: tuple[str, ...]) -> int | None:
+    """Return 0 for an exact name, 1 for a pattern, 2 for a class name, None for no match."""
+    if target.startswith("re:"):
+        return 1 if re.match(target[3:], module) else None
+    if target == module:
+        return 0
+    return 2 if target in classes else None

@@ -1,0 +1,62 @@
+"""Methods by the names users type.
+
+Add one: a file with the class, its `.md` page, a line here, and a test class that derives from
+`compressor.testing.MethodConformance`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from compressor.errors import RecipeError, did_you_mean
+
+if TYPE_CHECKING:
+    from compressor.methods.base import Method
+
+METHODS: dict[str, str] = {
+    "fp4": "compressor.methods.fp4:FP4",
+    "rtn": "compressor.methods.rtn:RTN",
+}
+
+SUMMARIES: dict[str, str] = {
+    "fp4": "LLM-FP4: search the scales that minimise each layer's output error; 4-bit floats",
+    "rtn": "round to nearest on a min-max grid; no data, seconds, the baseline",
+}
+
+
+def method_class(name: str) -> Any:
+    """Return the class of a method; importing it is what makes torch load.
+
+    Raises:
+        RecipeError: Unknown name.
+    """
+    if name not in METHODS:
+        raise did_you_mean("method", name, METHODS)
+    module, _, attribute = METHODS[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def get_method(name: str, options: Mapping[str, Any]) -> Method:
+    """Build a method with validated options.
+
+    Raises:
+        RecipeError: Unknown name, unknown option, or a value out of range.
+    """
+    from pydantic import ValidationError
+
+    cls = method_class(name)
+    known = sorted(cls.Options.model_fields)
+    for option in options:
+        if option not in known:
+            if not known:
+                raise RecipeError(f"method {name} has no options, but got {option!r}")
+            raise did_you_mean(f"option of {name}", option, known)
+    try:
+        method: Method = cls(cls.Options(**options))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise RecipeError(f"option {where} of {name}: {first['msg']}", f"see: compress list methods {name}") from error
+    return method

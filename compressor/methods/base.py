@@ -1,0 +1,171 @@
+"""What a compression method is and what it gets to see.
+
+A method never learns the model class, the device map, the file or the command line. It gets layers (or a block), a
+format, and a random generator of its own, and returns decisions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from compressor.calibration.stats import SecondMoment, SecondMomentSum
+from compressor.decision import Outcome
+from compressor.errors import NumericalError
+from compressor.formats.base import QParams, QuantFormat
+from compressor.plan import WeightRef
+
+
+class Scope(str, Enum):
+    """How much a method must see at once."""
+
+    LAYER = "layer"
+    GROUP = "group"
+    """Layers that a runtime fuses and that must agree on something, e.g. one NVFP4 global scale."""
+    BLOCK = "block"
+    MODEL = "model"
+
+
+class Stream(str, Enum):
+    """Which inputs a method wants its statistics from."""
+
+    NONE = "none"
+    """Data-free."""
+    FP = "fp"
+    """Full-precision inputs: earlier compressed layers do not feed later ones."""
+    COMPRESSED = "compressed"
+    """Inputs produced by the already compressed prefix."""
+    BOTH = "both"
+
+
+class MethodOptions(BaseModel):
+    """Base of a method's options; every field needs a description, which `compress list methods NAME` prints."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One weight and what is known about its input.
+
+    Attributes:
+        ref: Which weight it is.
+        weight: `[out, in]` float32; a copy the method may keep but must not change in place.
+        global_scale: Min-max global scale of the fused set this layer belongs to, for formats that have one.
+        stats: Statistics the method asked for; empty for data-free methods.
+    """
+
+    ref: WeightRef
+    weight: Tensor
+    global_scale: Tensor | None = None
+    stats: Mapping[SecondMoment, SecondMomentSum] = field(default_factory=dict)
+
+    @property
+    def n_tokens(self) -> int:
+        """Calibration tokens this layer saw."""
+        return max((total.n_tokens for total in self.stats.values()), default=0)
+
+    def fit(self, fmt: QuantFormat) -> QParams:
+        """Return the format's min-max parameters, with the global scale shared by the fused set."""
+        return fmt.fit(self.weight, self.global_scale)
+
+    def second_moment(self, spec: SecondMoment) -> Tensor:
+        """Return the mean of `x x^T` over tokens, float32.
+
+        Raises:
+            NumericalError: It holds NaN or Inf.
+        """
+        total = self.stats[spec]
+        value = total.value() / max(total.n_tokens, 1)
+        if not torch.isfinite(value).all():
+            raise NumericalError(
+                f"{self.ref.name}: its calibration inputs are not finite (largest magnitude {total.max_abs:.3g})",
+                "use other calibration data, or leave the layer out with --skip",
+            )
+        return value
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block for BLOCK-scope methods.
+
+    Attributes:
+        layers: The layers to decide, statistics included.
+        n_samples: Calibration samples.
+        inputs: Sample -> hidden states that enter the block on the stream the method asked for.
+        targets: Sample -> full-precision output of the block on full-precision input.
+        forward: Runs the block with gradients enabled for its parameters.
+    """
+
+    layers: tuple[Layer, ...]
+    n_samples: int
+    inputs: Callable[[int], Tensor]
+    targets: Callable[[int], Tensor]
+    forward: Callable[[Tensor], Tensor]
+
+
+@runtime_checkable
+class Method(Protocol):
+    """What every method states about itself."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    scope: ClassVar[Scope]
+    stream: ClassVar[Stream]
+    Options: ClassVar[type[MethodOptions]]
+
+    def stats(self, fmt: QuantFormat) -> tuple[SecondMoment, ...]:
+        """Return the statistics to collect; empty for data-free methods."""
+        ...
+
+    def refuse(self, ref: WeightRef, fmt: QuantFormat) -> str | None:
+        """Return why this pair of weight and format is not possible, or None. Headers only: no values exist yet."""
+        ...
+
+
+class LayerMethod(Method, Protocol):
+    """Decides one layer at a time."""
+
+    def solve(self, layer: Layer, fmt: QuantFormat, generator: torch.Generator) -> Outcome:
+        """Return a decision for the layer."""
+        ...
+
+
+class GroupMethod(Method, Protocol):
+    """Decides the layers of a fused set together."""
+
+    def solve_group(self, layers: Sequence[Layer], fmt: QuantFormat, generator: torch.Generator) -> Outcome:
+        """Return a decision for every layer."""
+        ...
+
+
+def describe_options(options: type[MethodOptions]) -> list[dict[str, Any]]:
+    """Return name, default and description of every option."""
+    return [
+        {"name": name, "default": info.default, "description": info.description or ""}
+        for name, info in options.model_fields.items()
+    ]
+
+
+def relative_error(weight: Tensor, decoded: Tensor, moment: Tensor | None = None) -> float:
+    """Return `||W - W'|| / ||W||`, or with a second moment the same for the layer's output on calibration data.
+
+    Args:
+        weight: `[out, in]` float32.
+        decoded: What replaces it, `[out, in]` float32.
+        moment: `[in, in]` mean of `x x^T`, or None for the error of the weights alone.
+    """
+    delta = decoded - weight
+    if moment is None:
+        error, size = delta.pow(2).sum(dtype=torch.float64), weight.pow(2).sum(dtype=torch.float64)
+    else:
+        error = ((delta @ moment) * delta).sum(dtype=torch.float64)
+        size = ((weight @ moment) * weight).sum(dtype=torch.float64)
+    return math.sqrt(max(float(error), 0.0) / float(size)) if float(size) > 0 else 0.0

@@ -1,0 +1,212 @@
+"""LLM-FP4's search on deployable 4-bit floats: choose scales that minimise each layer's output error.
+
+Liu et al. 2023, "LLM-FP4: 4-Bit Floating-Point Quantized Transformers", arXiv 2310.16836, section 3 (weight-only).
+
+The objective is the paper's: `||X W'^T - X W^T||^2` on full-precision calibration inputs, which per row of `W` is
+`d H d^T` with `d = w' - w` and `H = sum x x^T`. The paper searches one real-valued exponent bias per output channel;
+a deployable format stores a scale per group instead, so the bias of each group is searched over the scales the format
+can store.
+
+Differs from the paper:
+- Candidates are the stored scales next to the min-max one, taken exactly, instead of 100 points of `gamma * bias`.
+  The paper's grid is not scale-equivariant and does not contain the min-max scale.
+- A group is 16 or 32 inputs, so a row has many biases. The first pass keeps only the diagonal blocks of `H`, where
+  groups are independent. Rows that all of `H` shows to be worse than before go back to the min-max scales. Then sweeps
+  of coordinate descent use all of `H`: each group picks its best scale given the rounding errors of all other groups.
+- NVFP4's global scale is searched too, over the first pass's error summed over the layers that must share it, and kept
+  if all of `H` agrees. The error summed over these layers thus never exceeds that of rounding to nearest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import islice
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from compressor.calibration.stats import SecondMoment
+from compressor.decision import Outcome, Quantized
+from compressor.formats.base import QParams, QuantFormat, SearchableFormat
+from compressor.methods.base import Layer, MethodOptions, Scope, Stream
+from compressor.plan import WeightRef
+
+
+class FP4Options(MethodOptions):
+    """Options of the search."""
+
+    sweeps: int = Field(
+        2, ge=0, le=20, description="passes of coordinate descent over all groups with the full second moment"
+    )
+    globals: int = Field(4, ge=1, le=64, description="global scales tried (formats that have one)")
+
+
+class FP4:
+    """Searched scales for 4-bit float formats."""
+
+    name = "fp4"
+    summary = "LLM-FP4: search the scales that minimise each layer's output error; 4-bit floats"
+    scope = Scope.GROUP
+    stream = Stream.FP
+    Options = FP4Options
+
+    def __init__(self, options: FP4Options | None = None) -> None:
+        self.options = options or FP4Options()
+
+    def stats(self, fmt: QuantFormat) -> tuple[SecondMoment, ...]:
+        """Return the full second moment; its diagonal blocks are cut from it."""
+        return (SecondMoment(),)
+
+    def refuse(self, ref: WeightRef, fmt: QuantFormat) -> str | None:
+        """Refuse formats whose scales are not a short list of stored values."""
+        if not isinstance(fmt, SearchableFormat):
+            return f"method fp4 searches 4-bit float formats (nvfp4, mxfp4), not {fmt.name}"
+        return None
+
+    def solve_group(self, layers: Sequence[Layer], fmt: QuantFormat, generator: torch.Generator) -> Outcome:
+        """Choose one global scale for all layers, then every group's scale."""
+        assert isinstance(fmt, SearchableFormat)
+        unseen = [layer for layer in layers if layer.n_tokens == 0]
+        if unseen:
+            # Only experts can be unseen. Their error has no data to be measured on: round to nearest, and say so.
+            decisions = {layer.ref.name: _quantized(layer, fmt, layer.fit(fmt)) for layer in layers}
+            return Outcome(decisions, tuple(f"{layer.ref.name}: no calibration token reached it" for layer in unseen))
+        moments = [layer.second_moment(SecondMoment()) for layer in layers]
+        chosen = self._first_pass(layers, fmt, moments)
+        decisions = {}
+        for layer, q, moment in zip(layers, chosen, moments, strict=True):
+            for _ in range(self.options.sweeps):
+                q = sweep(layer.weight, fmt, q, moment)
+            decisions[layer.ref.name] = _quantized(layer, fmt, q)
+        return Outcome(decisions)
+
+    def _first_pass(self, layers: Sequence[Layer], fmt: SearchableFormat, moments: list[Tensor]) -> list[QParams]:
+        """Return parameters under one global scale whose summed error is at most that of rounding to nearest."""
+        diagonals = [diagonal_blocks(moment, fmt.group_size or moment.shape[0]) for moment in moments]
+        passes: list[tuple[float, list[QParams], list[QParams]]] = []
+        for global_scale in islice(fmt.global_candidates(layers[0].global_scale), self.options.globals):
+            plain = [fmt.fit(layer.weight, global_scale) for layer in layers]
+            found = [
+                search_groups(layer.weight, fmt, q, diagonal)
+                for layer, q, diagonal in zip(layers, plain, diagonals, strict=True)
+            ]
+            passes.append((sum(error for _, error in found), plain, [q for q, _ in found]))
+        best = min(range(len(passes)), key=lambda index: passes[index][0])
+        # The diagonal blocks chose; all of H decides whether the min-max scales of a row, or the global scale given,
+        # were better after all.
+        finalists = []
+        for _, plain, searched in (passes[index] for index in sorted({0, best})):
+            rows = [
+                better_rows(layer.weight, fmt, before, after, moment)
+                for layer, before, after, moment in zip(layers, plain, searched, moments, strict=True)
+            ]
+            finalists.append((sum(error for _, error in rows), [q for q, _ in rows]))
+        return min(finalists, key=lambda entry: entry[0])[1]
+
+
+def _quantized(layer: Layer, fmt: QuantFormat, q: QParams) -> Quantized:
+    return Quantized(fmt.encode(layer.weight, q), q)
+
+
+def diagonal_blocks(moment: Tensor, size: int) -> Tensor:
+    """Return the diagonal blocks `[in/size, size, size]` of `moment` `[in, in]`."""
+    groups = moment.shape[0] // size
+    return moment.view(groups, size, groups, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+
+
+def search_groups(w: Tensor, fmt: SearchableFormat, start: QParams, blocks: Tensor) -> tuple[QParams, float]:
+    """Choose every group's scale on its own, ignoring correlations between groups.
+
+    Args:
+        w: `[out, in]` float32.
+        fmt: The format whose candidates are tried.
+        start: Min-max parameters; the first candidate, so the result is never worse.
+        blocks: `[groups, size, size]` diagonal blocks of the second moment.
+
+    Returns:
+        The chosen parameters and the summed error `d H d^T` with all but the diagonal blocks of `H` left out.
+    """
+    trials = _Trials(w, fmt, start)
+    errors = [trials.choose(group, own)[0] for group, own in enumerate(blocks)]  # groups x [out]
+    return trials.chosen, float(torch.stack(errors).sum(dtype=torch.float64))
+
+
+def better_rows(w: Tensor, fmt: SearchableFormat, a: QParams, b: QParams, moment: Tensor) -> tuple[QParams, float]:
+    """Return for each row the parameters with the smaller error `d H d^T`, `b` on ties, and the error of all rows.
+
+    Args:
+        w: `[out, in]` float32.
+        fmt: The format of both.
+        a: Parameters with the same global scale as `b`.
+        b: Parameters.
+        moment: `[in, in]` mean of `x x^T`.
+    """
+    deltas = [fmt.round(w, q).sub_(w) for q in (a, b)]  # [out, in]
+    error_a, error_b = (((delta @ moment) * delta).sum(-1, keepdim=True) for delta in deltas)  # [out, 1]
+    scale = torch.where(error_a < error_b, a.scale.view(torch.uint8), b.scale.view(torch.uint8)).view(b.scale.dtype)
+    return replace(b, scale=scale), float(torch.minimum(error_a, error_b).sum(dtype=torch.float64))
+
+
+def sweep(w: Tensor, fmt: SearchableFormat, q: QParams, moment: Tensor) -> QParams:
+    """Go over the groups once; each takes the scale that is best given all other groups' current errors.
+
+    With `d` the row's error and `g` the group's columns, the part of `d H d^T` that depends on the group is
+    `d_g H_gg d_g^T + 2 d_g (H d)_g'`, where `(H d)'` leaves the group itself out.
+
+    Args:
+        w: `[out, in]` float32.
+        fmt: The format whose candidates are tried.
+        q: Where to start; returned unchanged where nothing is better.
+        moment: `[in, in]` mean of `x x^T`.
+    """
+    trials = _Trials(w, fmt, q)
+    delta = fmt.round(w, q).sub_(w)  # [out, in]
+    for group in range(q.scale.shape[1]):
+        columns = trials.columns(group)
+        own = moment[columns, columns]
+        others = delta @ moment[:, columns] - delta[:, columns] @ own  # [out, size]
+        _, delta[:, columns] = trials.choose(group, own, 2 * others)
+    return trials.chosen
+
+
+class _Trials:
+    """Tries every candidate scale of one group at a time, for all rows at once."""
+
+    def __init__(self, w: Tensor, fmt: SearchableFormat, start: QParams) -> None:
+        self.w, self.fmt, self.start = w, fmt, start
+        self.size = fmt.group_size or w.shape[1]
+        # As bytes: torch cannot pick among FP8 values.
+        self.scales = torch.stack([q.scale.view(torch.uint8) for q in fmt.scale_candidates(start)], -1)
+        self.best = self.scales[..., 0].clone()  # [out, groups]
+
+    @property
+    def chosen(self) -> QParams:
+        """The parameters chosen so far."""
+        return replace(self.start, scale=self.best.view(self.start.scale.dtype))
+
+    def columns(self, group: int) -> slice:
+        """Return the inputs of a group."""
+        return slice(group * self.size, (group + 1) * self.size)
+
+    def choose(self, group: int, own: Tensor, linear: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Take the scale that minimises `d own d^T + d linear^T` in each row, the first candidate on ties.
+
+        Args:
+            group: Which group.
+            own: `[size, size]` second moment of its inputs.
+            linear: `[out, size]` what the other groups' errors add, or None.
+
+        Returns:
+            The minimum `[out]` and the rounding error `d` `[out, size]` it is reached with.
+        """
+        part = self.w[:, self.columns(group)].contiguous()
+        scales = self.scales[:, group].T.unsqueeze(-1).contiguous()  # [candidates, out, 1]
+        trial = self.fmt.round(part, replace(self.start, scale=scales.view(self.start.scale.dtype))).sub_(part)
+        slope = trial @ own  # [candidates, out, size]
+        if linear is not None:
+            slope += linear
+        error, index = slope.mul_(trial).sum(-1).min(0)  # [out]
+        self.best[:, group] = self.scales[:, group].gather(1, index.unsqueeze(1)).squeeze(1)
+        return error, trial[index, torch.arange(len(index), device=index.device)]

@@ -1,0 +1,199 @@
+"""What will happen to every tensor of a checkpoint, decided from file headers alone.
+
+`planner.py` builds these; the engine executes them; `--dry-run` prints them. Nothing here reads a weight.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from enum import Enum
+from typing import Any
+
+OUTSIDE = -1
+"""Block index of weights that belong to no block: embeddings, the final norm, the head."""
+
+
+class Kind(str, Enum):
+    """What a weight is, which decides who may touch it."""
+
+    LINEAR = "linear"
+    CONV = "conv"
+    EMBEDDING = "embedding"
+    EXPERT = "expert"
+    ROUTER = "router"
+    OTHER = "other"
+    """Norm gains, biases, position tables, buffers: nothing multiplies by them as by a matrix."""
+
+
+@dataclass(frozen=True)
+class Where:
+    """Which part of a parameter one tensor on disk fills: `param[expert][rows, cols]`.
+
+    Attributes:
+        expert: Index into the first dimension of a fused expert stack; None when the tensor is the whole parameter.
+        rows: `[start, stop)` along the first remaining dimension; None for all rows.
+    """
+
+    expert: int | None = None
+    rows: tuple[int, int] | None = None
+
+    def of(self, param: Any) -> Any:
+        """Return the view of `param` (a tensor) this describes."""
+        if self.expert is not None:
+            param = param[self.expert]
+        return param if self.rows is None else param[self.rows[0] : self.rows[1]]
+
+
+@dataclass(frozen=True)
+class WeightRef:
+    """One tensor on disk and where it lives in memory. A fused expert stack yields one per expert and projection.
+
+    Attributes:
+        name: Name on disk, e.g. `model.layers.3.mlp.experts.7.up_proj.weight`.
+        param: Parameter in memory, e.g. `model.layers.3.mlp.experts.gate_up_proj`; equal to `name` for most tensors.
+        where: The part of `param` this tensor is.
+        kind: See `Kind`.
+        shape: The true shape on disk.
+        matrix: The `[out, in]` view methods and formats work on (a convolution is `[out, in*kh*kw]`), or None.
+        dtype: Dtype on disk, in safetensors spelling (`BF16`).
+        block: Index in the block sequence, or `OUTSIDE`.
+        fed_by: Weights with the same id read the same input tensor: they share statistics.
+        fused_with: Weights with the same id are fused by runtimes: they share scheme and global scale.
+    """
+
+    name: str
+    param: str
+    where: Where
+    kind: Kind
+    shape: tuple[int, ...]
+    matrix: tuple[int, int] | None
+    dtype: str
+    block: int
+    fed_by: str
+    fused_with: str
+
+    @property
+    def module(self) -> str:
+        """Name of the module on disk: the tensor's name without `.weight`."""
+        return self.name.removesuffix(".weight")
+
+    @property
+    def numel(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
+
+class Operand(str, Enum):
+    """Tensors a method may quantize that are no layer's input."""
+
+    QUERY_KEY = "query_key"
+    PROBABILITY_VALUE = "probability_value"
+    KV_CACHE = "kv_cache"
+
+
+@dataclass(frozen=True)
+class ActivationSite:
+    """An operand of attention that can be quantized, named by the module that computes it.
+
+    Attributes:
+        module: e.g. `model.layers.3.self_attn`.
+        operand: Which product inside that module.
+        block: Index in the block sequence.
+        kept_because: Why it stays in floating point; never None until a method quantizes it.
+    """
+
+    module: str
+    operand: Operand
+    block: int
+    kept_because: str | None
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """The fate of one tensor: a format, or the reason it stays as it is.
+
+    Attributes:
+        ref: The tensor.
+        format: Format name, or None when the tensor is copied.
+        bytes_before: Bytes on disk in the source.
+        bytes_after: Bytes on disk in the result, scales included.
+        kept_because: Why nothing happens to it; None exactly when `format` is set.
+    """
+
+    ref: WeightRef
+    format: str | None
+    bytes_before: int
+    bytes_after: int
+    kept_because: str | None
+
+    def __post_init__(self) -> None:
+        assert (self.format is None) != (self.kept_because is None), self.ref.name
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything the engine will do, sealed by `digest` once the calibration data is known.
+
+    Attributes:
+        architecture: Model class named in the config.
+        layers: One entry per tensor of the source, in the order it will be written; nothing is left out.
+        sites: Attention operands and why they stay in floating point.
+        blocks: Module names of the streamed blocks, in order.
+        method: Method name.
+        format: Format name of this plan's quantized layers.
+        group_size: Inputs per scale; None for one scale per row.
+        default_dtype: Dtype floating scales are stored in, in safetensors spelling.
+        peak_bytes: Estimated peak of resident weights, statistics and activations while running.
+        notes: Things the planner decided that a user may want to know.
+        digest: SHA-256 over recipe, source, calibration data and package version; empty until sealed.
+    """
+
+    architecture: str
+    layers: tuple[LayerPlan, ...]
+    sites: tuple[ActivationSite, ...]
+    blocks: tuple[str, ...]
+    method: str
+    format: str
+    group_size: int | None
+    default_dtype: str
+    peak_bytes: int
+    notes: tuple[str, ...] = ()
+    digest: str = field(default="", compare=False)
+
+    @property
+    def compressed(self) -> tuple[LayerPlan, ...]:
+        """The layers that change."""
+        return tuple(layer for layer in self.layers if layer.format)
+
+    @property
+    def bytes_before(self) -> int:
+        """Source size in bytes, headers excluded."""
+        return sum(layer.bytes_before for layer in self.layers)
+
+    @property
+    def bytes_after(self) -> int:
+        """Result size in bytes, headers excluded."""
+        return sum(layer.bytes_after for layer in self.layers)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per compressed weight, scales included; 0 if nothing is compressed."""
+        weights = sum(layer.ref.numel for layer in self.compressed)
+        return 8 * sum(layer.bytes_after for layer in self.compressed) / weights if weights else 0.0
+
+    def in_block(self, block: int) -> tuple[LayerPlan, ...]:
+        """Return the layers of one block (or of `OUTSIDE`), in writing order."""
+        return tuple(layer for layer in self.layers if layer.ref.block == block)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data, stable under `json.dumps(sort_keys=True)`."""
+        return asdict(self)
+
+
+def digest(parts: dict[str, Any]) -> str:
+    """Return the SHA-256 of canonical JSON; the same parts give the same digest on every machine."""
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,280 @@
+"""From a recipe and file headers to a plan: an action or a reason for every tensor. Reads no weights.
+
+All refusals happen here, before any work: shapes a format cannot store, kinds of weight nothing handles yet, patterns
+that match nothing, fused neighbours that would end up with different schemes.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections import Counter
+from collections.abc import Iterable
+
+from torch import nn
+
+from compressor.checkpoint.blocks import BlockSequence, Trace
+from compressor.checkpoint.skeleton import Skeleton, Target
+from compressor.checkpoint.source import DTYPES, Source, TensorInfo
+from compressor.errors import RecipeError, UnsupportedError
+from compressor.formats import get_format, parse_group_size
+from compressor.formats.base import QuantFormat
+from compressor.methods import get_method
+from compressor.methods.base import Method
+from compressor.plan import OUTSIDE, ActivationSite, Kind, LayerPlan, Operand, Plan, WeightRef
+from compressor.recipe import Recipe
+
+FUSED_SETS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+)
+"""Last names of layers that runtimes (vLLM) fuse into one matmul."""
+
+NO_ACTIVATION_METHOD = "no method quantizes this operand yet"
+
+
+def default_format(recipe: Recipe, is_moe: bool) -> str:
+    """Return the format of a recipe without one: int4, or for fp4 nvfp4 (mxfp4 for mixtures of experts).
+
+    Stock transformers drops the global scale of NVFP4 experts without a word, so NVFP4 is not a default for them.
+    """
+    if recipe.method == "fp4":
+        return "mxfp4" if is_moe else "nvfp4"
+    return "int4"
+
+
+def make_plan(recipe: Recipe, source: Source, skeleton: Skeleton, blocks: BlockSequence) -> Plan:
+    """Decide what happens to every tensor.
+
+    Raises:
+        RecipeError: Unknown names, patterns that match nothing, an impossible pair of method and format.
+        UnsupportedError: The architecture is not supported, or nothing in it can be compressed.
+    """
+    method = get_method(recipe.method, recipe.options)
+    trace = blocks.trace()
+    format_name = recipe.format or default_format(recipe, bool(trace.experts))
+    group_size = parse_group_size(format_name, recipe.group_size)
+    fmt = get_format(format_name, group_size, DTYPES[source.dtype])
+    targets = skeleton.targets({name: info.shape for name, info in source.tensors.items()})
+    refs = [make_ref(info, targets[name], skeleton, blocks, trace) for name, info in source.tensors.items()]
+    refs.sort(key=lambda ref: (ref.block if ref.block != OUTSIDE else len(blocks.names), natural_key(ref.name)))
+    skipped = match_patterns(recipe.skip, refs)
+    layers = [plan_layer(ref, source, method, fmt, skipped.get(ref.name), recipe) for ref in refs]
+    check_fused(layers)
+    if not any(layer.format for layer in layers):
+        raise nothing_to_compress(layers)
+    return Plan(
+        architecture=type(skeleton.model).__name__,
+        layers=tuple(layers),
+        sites=tuple(activation_sites(skeleton.model, blocks)),
+        blocks=blocks.names,
+        method=recipe.method,
+        format=format_name,
+        group_size=group_size,
+        default_dtype=source.dtype,
+        peak_bytes=estimate_peak(layers, method, fmt, len(blocks.names)),
+    )
+
+
+def make_ref(info: TensorInfo, target: Target, skeleton: Skeleton, blocks: BlockSequence, trace: Trace) -> WeightRef:
+    """Describe one tensor on disk: where it goes in memory, what it is, whom it shares its input with."""
+    param = target.param or info.name
+    block = blocks.index_of(param)
+    module_name = param.rpartition(".")[0]
+    kind = Kind.OTHER if target.param is None else kind_of(param, info, target, skeleton, trace)
+    matrix = None
+    if kind in (Kind.LINEAR, Kind.ROUTER, Kind.EMBEDDING) or (kind is Kind.EXPERT and len(info.shape) == 2):
+        matrix = (info.shape[0], info.shape[1])
+    elif kind is Kind.CONV:
+        matrix = (info.shape[0], math.prod(info.shape[1:]))
+    fed_by = trace.reads.get(module_name, module_name)
+    if kind is Kind.EXPERT and target.where.expert is not None:
+        side = "mid" if param.endswith("down_proj") else "in"
+        fed_by = f"{module_name}#{target.where.expert}.{side}"
+    return WeightRef(
+        name=info.name,
+        param=param,
+        where=target.where,
+        kind=kind,
+        shape=info.shape,
+        matrix=matrix,
+        dtype=info.dtype,
+        block=OUTSIDE if block is None else block,
+        fed_by=fed_by,
+        fused_with=fused_id(info.name),
+    )
+
+
+def kind_of(param: str, info: TensorInfo, target: Target, skeleton: Skeleton, trace: Trace) -> Kind:
+    """Say what a weight is, from the module that owns it and from what reads the same tensor as the experts do."""
+    module_name, _, leaf = param.rpartition(".")
+    module = skeleton.model.get_submodule(module_name)
+    if module_name in trace.experts and len(module.get_parameter(leaf).shape) == 3:
+        return Kind.EXPERT
+    if leaf != "weight":
+        return Kind.OTHER
+    if isinstance(module, nn.Embedding):
+        return Kind.EMBEDDING
+    if isinstance(module, nn.Conv2d):
+        return Kind.CONV
+    if len(info.shape) != 2:
+        return Kind.OTHER
+    for stack in trace.experts:
+        same_input = trace.reads.get(module_name) == trace.reads.get(stack)
+        experts = skeleton.model.get_submodule(stack).get_parameter("down_proj").shape[0]
+        if same_input and info.shape[0] in (1, experts):
+            return Kind.ROUTER  # chooses among experts, or gates the shared one
+    return Kind.LINEAR if isinstance(module, nn.Linear) else Kind.OTHER
+
+
+def fused_id(name: str) -> str:
+    """Return the id shared by the layers a runtime fuses with this one; the layer's own name if none."""
+    parent, _, last = name.removesuffix(".weight").rpartition(".")
+    for members in FUSED_SETS:
+        if last in members:
+            return f"{parent}.{'+'.join(members)}"
+    return name
+
+
+def plan_layer(
+    ref: WeightRef, source: Source, method: Method, fmt: QuantFormat, skipped: str | None, recipe: Recipe
+) -> LayerPlan:
+    """Give one tensor a format or a reason."""
+    before = source.tensors[ref.name].nbytes
+    reason = skipped or reason_to_keep(ref)
+    if reason is not None:
+        return LayerPlan(ref, None, before, before, reason)
+    assert ref.matrix is not None
+    check_possible(ref, method, fmt, recipe)
+    after = sum(slot.nbytes for slot in fmt.layout(ref.matrix).values())
+    return LayerPlan(ref, fmt.name, before, after, None)
+
+
+def reason_to_keep(ref: WeightRef) -> str | None:
+    """Return why a tensor of this kind and place stays dense whatever the method, or None."""
+    if ref.kind is Kind.EMBEDDING:
+        return "embedding: a table look-up, no matmul; often tied to the output head"
+    if ref.kind is Kind.ROUTER:
+        return "router: tiny, and an error in it sends tokens to other experts"
+    if ref.kind is Kind.CONV:
+        return "convolution: no format stores convolutions yet"
+    if ref.kind is Kind.OTHER:
+        return "not a matrix of a linear layer (norm, bias, table or buffer)"
+    if ref.kind is Kind.EXPERT and ref.matrix is None:
+        return "fused expert stack: stored as one 3-D tensor, which readers of the target container do not accept"
+    if ref.block == OUTSIDE:
+        return "outside the blocks (output head or projection): readers expect it dense"
+    return None
+
+
+def check_possible(ref: WeightRef, method: Method, fmt: QuantFormat, recipe: Recipe) -> None:
+    """Raise if the method or the format refuses this weight: nothing is left out without the user saying so.
+
+    Raises:
+        RecipeError: The method never works with this format, or a group size from a flag does not divide.
+        UnsupportedError: The format's own group size does not divide what the checkpoint holds.
+    """
+    refusal = method.refuse(ref, fmt)
+    if refusal:
+        raise RecipeError(refusal, "see: compress list methods, compress list formats")
+    refusal = fmt.refuse(ref.matrix or ref.shape)
+    if not refusal:
+        return
+    width = (ref.matrix or ref.shape)[-1]
+    fits = [str(size) for size in (128, 64, 32, 16, 8) if width % size == 0]
+    ways = [f'--skip "*.{ref.module.rpartition(".")[2]}"']
+    if fmt.name.startswith("int"):
+        ways.insert(0, f"--group-size {' or '.join([*fits[:2], 'channel'])}")
+    error = RecipeError if recipe.group_size is not None else UnsupportedError
+    raise error(f"{ref.module}: {refusal}", f"use {', or '.join(ways)}")
+
+
+def match_patterns(patterns: Iterable[str], refs: list[WeightRef]) -> dict[str, str]:
+    """Return name -> reason for every tensor matched by a `--skip` pattern.
+
+    Raises:
+        RecipeError: A pattern matches nothing.
+    """
+    reasons: dict[str, str] = {}
+    for pattern in patterns:
+        hits = [
+            ref for ref in refs if fnmatch.fnmatchcase(ref.name, pattern) or fnmatch.fnmatchcase(ref.module, pattern)
+        ]
+        if not hits:
+            names = sorted({ref.module.rpartition(".")[2] for ref in refs if ref.kind in (Kind.LINEAR, Kind.EXPERT)})
+            raise RecipeError(
+                f"--skip {pattern!r} matches no tensor", f"names end in: {', '.join(names)}; try '*.{names[0]}'"
+            )
+        reasons.update({ref.name: f"left out by --skip {pattern}" for ref in hits})
+    return reasons
+
+
+def check_fused(layers: list[LayerPlan]) -> None:
+    """Refuse a plan in which only a part of a fused set is compressed: runtimes need one scheme for all of it.
+
+    Raises:
+        RecipeError: Names the two layers that disagree.
+    """
+    first: dict[str, LayerPlan] = {}
+    for layer in layers:
+        if layer.ref.matrix is None or layer.ref.block == OUTSIDE:
+            continue
+        other = first.setdefault(layer.ref.fused_with, layer)
+        if other.format != layer.format:
+            dense, packed = (layer, other) if other.format else (other, layer)
+            last = dense.ref.fused_with.rpartition(".")[2].split("+")
+            raise RecipeError(
+                f"{dense.ref.module} stays dense but {packed.ref.module}, which runtimes fuse with it, does not",
+                "leave out all of them: " + " ".join(f'--skip "*.{name}"' for name in last),
+            )
+
+
+def nothing_to_compress(layers: list[LayerPlan]) -> UnsupportedError:
+    """Build the error for a plan that changes nothing, naming the most common reason."""
+    weights = [layer for layer in layers if layer.ref.kind is not Kind.OTHER]
+    if not weights:
+        return UnsupportedError("the checkpoint has no weight matrices")
+    reason, count = Counter(layer.kept_because for layer in weights).most_common(1)[0]
+    first = next(layer for layer in weights if layer.kept_because == reason)
+    return UnsupportedError(
+        f"nothing to compress: {first.ref.name}: {reason} ({count} of {len(weights)} weights)",
+        "see what would happen to each tensor with --dry-run",
+    )
+
+
+def activation_sites(model: nn.Module, blocks: BlockSequence) -> Iterable[ActivationSite]:
+    """Yield the operands of every innermost attention module."""
+    attention = [name for name, module in model.named_modules() if type(module).__name__.endswith("Attention")]
+    for name in attention:
+        block = blocks.index_of(name)
+        if block is None or any(other.startswith(f"{name}.") for other in attention):
+            continue
+        for operand in Operand:
+            yield ActivationSite(name, operand, block, NO_ACTIVATION_METHOD)
+
+
+def estimate_peak(layers: list[LayerPlan], method: Method, fmt: QuantFormat, n_blocks: int) -> int:
+    """Estimate peak bytes of resident tensors: the largest block in float32 with its statistics, or the embeddings.
+
+    Leaves out the interpreter and its libraries (about 0.5 GB).
+    """
+    outside = sum(4 * layer.ref.numel + layer.bytes_before for layer in layers if layer.ref.block == OUTSIDE)
+    largest = 0
+    for index in range(n_blocks):
+        block = [layer for layer in layers if layer.ref.block == index]
+        weights = sum(4 * layer.ref.numel + layer.bytes_before for layer in block)
+        widths = {layer.ref.fed_by: layer.ref.matrix[1] for layer in block if layer.format and layer.ref.matrix}
+        statistics = sum(
+            2 * 4 * width * (spec.block or width) for width in widths.values() for spec in method.stats(fmt)
+        )
+        # A solver holds the weight, a candidate, two errors and a product of the layer it works on.
+        solver = 5 * 4 * max((layer.ref.numel for layer in block if layer.format), default=0)
+        largest = max(largest, weights + statistics + solver)
+    return max(largest, outside)
+
+
+def natural_key(name: str) -> list[tuple[int, str]]:
+    """Sort key that puts expert 2 before expert 10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]

@@ -1,0 +1,43 @@
+"""What the user asks for, validated before anything is read or computed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class CalibrationSpec(BaseModel):
+    """Which text calibrates the model and how much of it; the seed that picks windows belongs to the whole recipe."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    data: str = Field(
+        default="python-docs",
+        min_length=1,
+        description="a preset's name, a .txt or .jsonl file, or a Hub dataset as owner/name or owner/name:config",
+    )
+    n_samples: int = Field(default=32, ge=1, le=65_536, description="windows of text the methods see")
+    seq_len: int = Field(default=512, ge=2, le=1_048_576, description="tokens in one window")
+    text_column: str = Field(default="text", min_length=1, description="column (or JSON key) that holds the text")
+    split: str = Field(default="train", min_length=1, description="split of a Hub dataset")
+
+
+class Recipe(BaseModel):
+    """One compression: model, method, format, data.
+
+    The recipe is saved beside the result. Together with the source's content, the calibration tokens and the package
+    version it determines every byte that is written.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: int = Field(1, ge=1, le=1, description="version of this schema")
+    model: str = Field(min_length=1, description="embedded model name, checkpoint folder, or Hub id[@revision]")
+    method: str = Field(description="see: compress list methods")
+    options: dict[str, Any] = Field(default_factory=dict, description="options of the method")
+    format: str | None = Field(None, description="see: compress list formats; None picks the method's default")
+    group_size: str | None = Field(None, description="inputs per scale, or 'channel'; None picks the format's default")
+    skip: tuple[str, ...] = Field((), description="globs of tensors that stay dense")
+    calibration: CalibrationSpec = Field(default_factory=CalibrationSpec)
+    seed: int = Field(0, ge=0, le=2**63 - 1, description="seed of everything random")

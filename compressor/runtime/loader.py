@@ -1,0 +1,192 @@
+"""Loading a checkpoint, dense or compressed, with packed weights staying packed in memory.
+
+The result computes what stock transformers computes with the decompressed weights: dequantized weights are bit-equal
+in the same dtype (decoded in float32, rounded once).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel
+
+from compressor.checkpoint.skeleton import Skeleton, model_class, quiet, read_config
+from compressor.checkpoint.source import Source, check_finite
+from compressor.errors import CheckpointError, UnsupportedError
+from compressor.formats.base import PackedTensor
+from compressor.kernels import dispatch
+from compressor.runtime.layout import Layout, PackedWeight, read_layout
+from compressor.runtime.modules import PackedExperts, PackedLinear, refuse_experts
+from compressor.runtime.stored import assemble, open_checkpoint
+
+BATCH_BYTES = 256 << 20
+"""About how much is read from disk at once."""
+
+
+def load(
+    path: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> PreTrainedModel:
+    """Load a checkpoint folder in eval mode, without gradients.
+
+    Args:
+        path: A folder with `config.json` and safetensors: dense, or `compressed-tensors` in compressed state.
+        dtype: What floating-point weights are cast to, and decoded weights are rounded to.
+        device: Where the model goes.
+
+    Raises:
+        CheckpointError: Unreadable, incomplete or inconsistent; missing, unexpected, mis-shaped or non-finite tensors.
+        UnsupportedError: An architecture or format that cannot be run.
+    """
+    path, device = Path(path), torch.device(device)
+    source, schemes = open_checkpoint(path)
+    model = _build(path, dtype)
+    _keep_float32(model, dtype)
+    layout = read_layout(model, source, schemes, dtype)
+    _fill_dense(model, source, layout, device)
+    for name, weight in layout.linears.items():
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        packed = _read_packed(source, [weight], device)[0]
+        model.set_submodule(name, PackedLinear(packed, weight.fmt, linear.bias, dtype=dtype))
+    for name, weights in layout.experts.items():
+        model.set_submodule(name, _experts(model.get_submodule(name), name, source, weights, dtype, device))
+    model.tie_weights()
+    return _finish(model, path, device)
+
+
+def execution_path(model: nn.Module, m: int = 1) -> str:
+    """Say what computes the model's linear layers, e.g. `reference-float32 (packed int4)` or `dense-float32`.
+
+    Args:
+        model: A model from `load`, or any other.
+        m: Rows of activations the kernels will see.
+    """
+    layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    dtype = str(layers[0].dtype if layers else next(model.parameters()).dtype).removeprefix("torch.")
+    if not layers:
+        return f"dense-{dtype}"
+    kernels, formats = set(), set()
+    for layer in layers:
+        packed = layer.packed
+        device = packed.tensors["weight_packed"].device
+        kernels.add(dispatch.pick(dispatch.linear_problem(packed, layer.fmt, m, layer.dtype, device)).name)
+        formats.add(layer.fmt.name)
+    return f"{'+'.join(sorted(kernels))}-{dtype} (packed {'+'.join(sorted(formats))})"
+
+
+def _build(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """Build the class named in the config: parameters on meta, buffers real, as many are computed and not stored."""
+    config = read_config(path)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # transformers would build its own quantized layers
+    with init_empty_weights(include_buffers=False), quiet():
+        model: PreTrainedModel = model_class(path, config)._from_config(config, dtype=dtype)
+    return model
+
+
+def _keep_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Widen the parameters and buffers a model insists on keeping in float32, by its own list."""
+    names = set(model._keep_in_fp32_modules_strict or ()) if dtype in (torch.float16, torch.bfloat16) else set()
+    if dtype == torch.float16:
+        names |= set(model._keep_in_fp32_modules or ())
+    if not names:
+        return
+    pattern = re.compile("|".join(name.replace("*", ".*") for name in names))
+    stored = model.state_dict(keep_vars=True)
+    for name in stored:
+        parent, _, leaf = name.rpartition(".")
+        module = model.get_submodule(parent)
+        if not pattern.search(name) or not stored[name].is_floating_point():
+            continue
+        if leaf in module._buffers:
+            module._buffers[leaf] = stored[name].float()
+        else:
+            module._parameters[leaf] = nn.Parameter(stored[name].float(), requires_grad=False)
+
+
+def _fill_dense(model: PreTrainedModel, source: Source, layout: Layout, device: torch.device) -> None:
+    """Read and convert dense tensors in batches; what makes up one parameter stays together."""
+    _check_ties(model, source, layout)
+    skeleton = Skeleton(model, device)
+    batch: list[str] = []
+    size = 0
+    for names in layout.dense.values():
+        batch.extend(names)
+        size += sum(source.tensors[name].nbytes for name in names)
+        if size >= BATCH_BYTES:
+            skeleton.load(source.read(batch))
+            batch, size = [], 0
+    if batch:
+        skeleton.load(source.read(batch))
+
+
+def _check_ties(model: PreTrainedModel, source: Source, layout: Layout) -> None:
+    """Raise if the config ties two weights that are stored with different values: one would be lost."""
+    for name, other in model.all_tied_weights_keys.items():
+        module = name.removesuffix(".weight")
+        if module in layout.linears or other.removesuffix(".weight") in layout.linears:
+            raise CheckpointError(
+                f"{name} is stored packed, but the config ties it to {other}", "set tie_word_embeddings to false"
+            )
+        if name in layout.dense and other in layout.dense:
+            names = (*layout.dense[name], *layout.dense[other])
+            first, *rest = source.read(names).values()
+            if not all(torch.equal(first, tensor) for tensor in rest):
+                raise CheckpointError(
+                    f"the config ties {name} to {other}, but they are stored with different values",
+                    "set tie_word_embeddings to false",
+                )
+
+
+def _read_packed(source: Source, weights: Sequence[PackedWeight], device: torch.device) -> list[PackedTensor]:
+    """Read packed weights in one pass over their files."""
+    stored = source.read(name for weight in weights for name in weight.names)
+    out = []
+    for weight in weights:
+        tensors = {name: stored.pop(name) for name in weight.names}
+        packed = assemble(weight.module, weight.fmt, weight.shape, tensors)
+        out.append(replace(packed, tensors={key: value.to(device) for key, value in packed.tensors.items()}))
+    return out
+
+
+def _experts(
+    module: nn.Module,
+    name: str,
+    source: Source,
+    weights: Sequence[PackedWeight],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> PackedExperts:
+    """Build the packed stand-in of one experts module."""
+    if reason := refuse_experts(module):
+        raise UnsupportedError(f"{name} ({type(module).__name__}): {reason}", "leave these experts uncompressed")
+    experts: dict[int, dict[str, PackedLinear]] = {}
+    roles: dict[str, str] = {}
+    for weight, packed in zip(weights, _read_packed(source, weights, device), strict=True):
+        leaf = weight.module.rpartition(".")[2]
+        assert weight.target.where.expert is not None
+        roles[weight.role] = leaf
+        layers = experts.setdefault(weight.target.where.expert, {})
+        layers[leaf] = PackedLinear(packed, weight.fmt, dtype=dtype)
+    return PackedExperts(module, [experts[index] for index in sorted(experts)], roles)
+
+
+def _finish(model: PreTrainedModel, path: Path, device: torch.device) -> PreTrainedModel:
+    """Check that nothing is left without values, and set what a loaded model has."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise CheckpointError(f"{path}: {name} has no values", "does config.json belong to these weights?")
+        if isinstance(tensor, nn.Parameter):
+            check_finite(name, tensor)  # again: casting to float16 can overflow
+    if model.can_generate() and (path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    nn.Module.to(model, device)
+    nn.Module.eval(model)
+    model.requires_grad_(False)
+    return model

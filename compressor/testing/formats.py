@@ -1,0 +1,360 @@
+"""The conformance suite of weight formats: what every `QuantFormat` must promise, checked from outside.
+
+A plug-in author derives a test class and names the formats; pytest collects the inherited checks, one per format:
+
+    class TestInt4(FormatConformance):
+        formats = (IntFormat(4, 64, torch.bfloat16),)
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import fields, replace
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from compressor.errors import NumericalError
+from compressor.formats.base import PackedTensor, QParams, QuantFormat, SearchableFormat, bits_per_weight
+
+_SLACK = 2.0**-21
+"""Relative error of float32 division and multiplication: it may decide between two codes equally near."""
+
+
+def describe(fmt: QuantFormat) -> str:
+    """Return a short test id: name, group and, where the format has one, the scale dtype."""
+    parts = [fmt.name, "channel" if fmt.group_size is None else f"g{fmt.group_size}"]
+    dtype = getattr(fmt, "dtype", None)
+    return "-".join([*parts, *([str(dtype).removeprefix("torch.")] if dtype else [])])
+
+
+def failing_checks(fmt: QuantFormat) -> list[str]:
+    """Run the whole suite on one format without pytest and return the names of the checks that fail, in order."""
+    suite = FormatConformance()
+    failed = []
+    for name in dir(suite):
+        if name.startswith("test_"):
+            try:
+                getattr(suite, name)(fmt)
+            except AssertionError:
+                failed.append(name)
+    return failed
+
+
+class FormatConformance:
+    """Checks every weight format must pass; derive, set `formats`, and name the class `Test...`."""
+
+    formats: ClassVar[tuple[QuantFormat, ...]] = ()
+    fmt: ClassVar[Any]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        assert cls.formats, f"{cls.__name__}.formats is empty: nothing would be tested"
+
+        @pytest.fixture(params=cls.formats, ids=describe)
+        def fmt(self: FormatConformance, request: pytest.FixtureRequest) -> Any:
+            return request.param
+
+        cls.fmt = fmt
+
+    def test_all_codes_survive_packing_bit_for_bit(self, fmt: QuantFormat) -> None:
+        """Random codes over the whole range, and their parameters, come back from a safetensors file as they were."""
+        for rows, groups in ((1, 1), (3, 2), (64, 4)):
+            q = fmt.fit(_weights(fmt, rows, groups))
+            shape = (rows, groups * _width(fmt))
+            codes = torch.randint(0, 2**fmt.bits, shape, generator=_rng(rows), dtype=torch.uint8)
+            packed = fmt.pack(codes, q)
+            stored = load(save(packed.tensors))
+            again, params = fmt.unpack(PackedTensor(packed.format, packed.shape, stored))
+            assert again.dtype == torch.uint8, again.dtype
+            assert torch.equal(again, codes), f"codes {shape} changed"
+            assert_same_params(params, q)
+
+    def test_every_code_survives_in_every_lane(self, fmt: QuantFormat) -> None:
+        """Each single code, in each position of a row, reads back as itself."""
+        every = torch.arange(2**fmt.bits, dtype=torch.uint8)
+        codes = every.repeat(-(-_width(fmt) // len(every)) + 1)
+        codes = torch.stack([codes.roll(lane)[: _width(fmt)] for lane in range(len(every))])  # [codes, in]
+        q = fmt.fit(_weights(fmt, len(every), 1))
+        assert torch.equal(fmt.unpack(fmt.pack(codes, q))[0], codes)
+
+    def test_zero_stays_zero(self, fmt: QuantFormat) -> None:
+        """0 and -0 encode to one and the same code, and it decodes to 0, whatever the scales."""
+        q = fmt.fit(_weights(fmt, 8, 3))
+        zeros = torch.zeros(8, 3 * _width(fmt))
+        codes = fmt.encode(zeros, q)
+        assert torch.equal(codes, fmt.encode(-zeros, q)), "-0 has another code than 0"
+        assert (codes == codes[0, 0]).all(), "zero has several codes"
+        decoded = fmt.decode(codes, q)
+        assert not decoded.any(), f"zero decodes to {decoded.abs().max()}"
+        assert not decoded.signbit().any(), "zero decodes to -0"
+
+    def test_decoded_values_do_not_move(self, fmt: QuantFormat) -> None:
+        """Encoding what was decoded gives the same value, for random codes over the whole range."""
+        q = fmt.fit(_weights(fmt, 16, 4))
+        codes = torch.randint(0, 2**fmt.bits, (16, 4 * _width(fmt)), generator=_rng(1), dtype=torch.uint8)
+        values = fmt.decode(codes, q)
+        assert values.dtype == torch.float32, values.dtype
+        assert torch.equal(fmt.decode(fmt.encode(values, q), q), values)
+
+    def test_parameters_are_in_stored_precision(self, fmt: QuantFormat) -> None:
+        """What `fit` returns is what lies on disk: decoding before and after packing gives the same bits."""
+        w = _weights(fmt, 8, 3)
+        q = fmt.fit(w)
+        codes = fmt.encode(w, q)
+        stored_codes, stored = fmt.unpack(fmt.pack(codes, q))
+        assert_same_params(stored, q)
+        assert torch.equal(fmt.decode(stored_codes, stored), fmt.decode(codes, q))
+        assert torch.equal(fmt.encode(w, stored), codes), "codes were not computed against the stored parameters"
+
+    def test_codes_are_the_nearest(self, fmt: QuantFormat) -> None:
+        """No other code of the group's grid is nearer, by trying all of them."""
+        for seed, spread in ((0, 1.0), (1, 1e-4), (2, 1e3)):
+            w = _weights(fmt, 6, 3, seed) * spread
+            q = fmt.fit(w)
+            chosen = (fmt.decode(fmt.encode(w, q), q).double() - w.double()).abs()
+            best = (_grid(fmt, q, w.shape) - w.double()).abs().amin(0)
+            worse = chosen > best + _SLACK * w.double().abs()
+            assert not worse.any(), f"{int(worse.sum())} of {w.numel()} weights have a nearer code"
+
+    def test_min_max_covers_the_weights(self, fmt: QuantFormat) -> None:
+        """Min-max parameters clip nothing: no error above half the widest step, the scale's own rounding aside."""
+        w = _weights(fmt, 16, 4)
+        q = fmt.fit(w)
+        grid = _grid(fmt, q, w.shape).sort(0).values  # [codes, out, in]
+        error = (fmt.decode(fmt.encode(w, q), q).double() - w.double()).abs()
+        widest = grid.diff(dim=0).amax(0)
+        rounding = torch.finfo(q.scale.dtype).eps / 2 if q.scale.is_floating_point() else 0.0
+        excess = (error - 0.5 * widest - rounding * w.double().abs()) / widest
+        assert (excess <= _SLACK).all(), f"{excess.max():.3f} steps more than rounding"
+
+    def test_shapes_it_cannot_store_are_refused(self, fmt: QuantFormat) -> None:
+        """1-D, 3-D, empty and indivisible shapes get a reason; a fitting one does not."""
+        width = _width(fmt)
+        bad: list[tuple[int, ...]] = [(width,), (2, 2, width), (0, width), (4, 0), ()]
+        if fmt.group_size is not None and fmt.group_size > 1:
+            bad += [(4, width + 1), (4, width - 1), (4, width + fmt.group_size // 2)]
+        for shape in bad:
+            assert fmt.refuse(shape), f"{shape} is not refused"
+        for good in ((1, width), (5, 3 * width)):
+            assert fmt.refuse(good) is None, f"{good}: {fmt.refuse(good)}"
+
+    def test_nan_and_infinity_are_refused(self, fmt: QuantFormat) -> None:
+        """One bad weight is enough, wherever it is, and the error says so."""
+        for value in (float("nan"), float("inf"), -float("inf")):
+            for dtype in (torch.float32, torch.bfloat16):
+                w = _weights(fmt, 4, 2).to(dtype)
+                w[2, -1] = value
+                refusal = _refusal(fmt, w)
+                assert refusal is not None, f"{value} in {dtype} was fitted"
+                assert refusal.message, "the error lacks a message"
+                assert refusal.hint, "the error lacks a hint"
+
+    def test_zero_groups_and_rows_have_usable_scales(self, fmt: QuantFormat) -> None:
+        """All-zero groups, rows and matrices get finite, positive steps and decode to zero."""
+        width = _width(fmt)
+        w = _weights(fmt, 5, 3)
+        w[0] = 0
+        w[1, :width] = 0
+        for weights in (w, torch.zeros(2, width)):
+            q = fmt.fit(weights)
+            assert_usable(fmt, q, weights.shape)
+            decoded = fmt.decode(fmt.encode(weights, q), q)
+            assert not decoded[weights == 0].any(), "a zero weight does not decode to zero"
+
+    def test_one_row_and_one_group_equal_their_part_of_a_matrix(self, fmt: QuantFormat) -> None:
+        """Rows and groups are independent once the global scale is given."""
+        w = _weights(fmt, 4, 3)
+        shared = fmt.fit_global([w])
+        whole = fmt.decode(fmt.encode(w, fmt.fit(w, shared)), fmt.fit(w, shared))
+        for part in ((slice(1, 2), slice(None)), (slice(None), slice(_width(fmt)))):
+            if fmt.group_size is None and part[1] != slice(None):
+                continue  # half a row has another scale when the row is the group
+            q = fmt.fit(w[part], shared)
+            assert torch.equal(fmt.decode(fmt.encode(w[part], q), q), whole[part])
+
+    def test_extreme_magnitudes_stay_finite(self, fmt: QuantFormat) -> None:
+        """Weights around 1e30 and 1e-30 decode to finite values no worse than rounding to zero, or are refused."""
+        for magnitude in (1e30, 1e4, 1e-6, 1e-30):
+            w = _weights(fmt, 4, 2) * magnitude
+            if _refusal(fmt, w) is not None:
+                assert magnitude > 1, f"weights around {magnitude} were refused"
+                continue
+            q = fmt.fit(w)
+            assert_usable(fmt, q, w.shape)
+            error = fmt.decode(fmt.encode(w, q), q).double() - w.double()
+            assert error.norm() <= w.double().norm(), f"weights around {magnitude} are off by more than themselves"
+
+    def test_layout_promises_what_pack_writes(self, fmt: QuantFormat) -> None:
+        """Suffixes, dtypes, shapes and bytes are known from the shape alone."""
+        for rows, groups in ((1, 1), (3, 2), (7, 5)):
+            w = _weights(fmt, rows, groups)
+            q = fmt.fit(w)
+            packed = fmt.pack(fmt.encode(w, q), q)
+            shape = (rows, groups * _width(fmt))
+            layout = fmt.layout(shape)
+            written = {suffix: (t.dtype, tuple(t.shape)) for suffix, t in packed.tensors.items()}
+            assert written == {suffix: (slot.dtype, slot.shape) for suffix, slot in layout.items()}
+            assert (packed.format, packed.shape) == (fmt.name, shape)
+            assert all(t.is_contiguous() for t in packed.tensors.values())
+            assert round(bits_per_weight(fmt, shape) * w.numel(), 6) == 8 * packed.nbytes
+            assert packed.nbytes * 8 >= fmt.bits * w.numel(), "fewer bytes than bits were promised"
+
+    def test_bfloat16_weights_are_read_exactly(self, fmt: QuantFormat) -> None:
+        """bf16 weights give what the same numbers give in float32: nothing is computed in bf16."""
+        w = _weights(fmt, 8, 3).bfloat16()
+        q, wide = fmt.fit(w), fmt.fit(w.float())
+        assert_same_params(q, wide)
+        assert torch.equal(fmt.encode(w, q), fmt.encode(w.float(), wide))
+
+    def test_inputs_are_not_changed(self, fmt: QuantFormat) -> None:
+        """No call writes into its arguments."""
+        w = _weights(fmt, 4, 2)
+        before = w.clone()
+        shared = fmt.fit_global([w])
+        kept = None if shared is None else shared.clone()
+        q = fmt.fit(w, shared)
+        q_before = copy.deepcopy(q)
+        codes = fmt.encode(w, q)
+        codes_before = codes.clone()
+        fmt.decode(codes, q)
+        packed = fmt.pack(codes, q)
+        stored = {suffix: t.clone() for suffix, t in packed.tensors.items()}
+        fmt.unpack(packed)
+        assert torch.equal(w, before), "the weights changed"
+        assert torch.equal(codes, codes_before), "the codes changed"
+        assert_same_params(q, q_before)
+        if shared is not None and kept is not None:
+            assert torch.equal(shared, kept), "the global scale changed"
+        assert all(same_bits(packed.tensors[suffix], t) for suffix, t in stored.items()), "the packed tensors changed"
+
+    def test_strided_weights_give_the_same_codes(self, fmt: QuantFormat) -> None:
+        """A transposed view is as good as a copy of it."""
+        w = _weights(fmt, 6, 2)
+        view = w.t().contiguous().t()
+        assert_same_params(fmt.fit(view), fmt.fit(w))
+        assert torch.equal(fmt.encode(view, fmt.fit(w)), fmt.encode(w, fmt.fit(w)))
+
+    def test_two_runs_write_the_same_bytes(self, fmt: QuantFormat) -> None:
+        """The same weights give the same file, bit for bit."""
+        runs = []
+        for _ in range(2):
+            w = _weights(fmt, 8, 3)
+            q = fmt.fit(w)
+            runs.append(save(fmt.pack(fmt.encode(w, q), q).tensors))
+        assert runs[0] == runs[1]
+
+    def test_a_shared_global_scale_is_kept(self, fmt: QuantFormat) -> None:
+        """`fit` uses the global scale it is given; a format without one returns None."""
+        small, large = _weights(fmt, 4, 2), _weights(fmt, 4, 2, seed=1) * 3
+        shared = fmt.fit_global([small, large])
+        assert (shared is not None) == fmt.has_global_scale
+        if shared is None:
+            return
+        assert (shared.dtype, tuple(shared.shape)) == (torch.float32, (1,))
+        both = torch.cat([small, large])
+        joint = fmt.fit_global([both])
+        assert joint is not None
+        assert torch.equal(shared, joint), "it is not that of the matrices together"
+        for w in (small, large):
+            q = fmt.fit(w, shared)
+            assert q.global_scale is not None
+            assert torch.equal(q.global_scale, shared)
+            assert_usable(fmt, q, w.shape)
+
+    def test_candidates_start_at_the_given_and_are_storable(self, fmt: QuantFormat) -> None:
+        """Every candidate has the same shape and dtype and a usable grid; the first is the given one."""
+        if not isinstance(fmt, SearchableFormat):
+            return
+        w = _weights(fmt, 4, 2)
+        w[0] = 0  # the candidates of a zero group must be usable too
+        shared = fmt.fit_global([w])
+        divisors = list(fmt.global_candidates(shared))
+        assert divisors[0] is shared
+        for divisor in divisors:
+            q = fmt.fit(w, divisor)
+            candidates = list(fmt.scale_candidates(q))
+            assert_same_params(candidates[0], q)
+            assert len(candidates) > 1, "nothing to search"
+            for candidate in candidates:
+                assert_usable(fmt, candidate, w.shape)
+                codes = fmt.encode(w, candidate)
+                assert_same_params(fmt.unpack(fmt.pack(codes, candidate))[1], candidate)
+
+    def test_rounding_is_decoding_what_was_encoded(self, fmt: QuantFormat) -> None:
+        """`round` gives the values of the codes that `encode` gives, ties included, for one scale or many at once."""
+        if not isinstance(fmt, SearchableFormat):
+            return
+        w = _weights(fmt, 8, 3)
+        q = fmt.fit(w)
+        values = _grid(fmt, q, (8, 3 * _width(fmt))).float().sort(0).values  # [codes, out, in]
+        ties = (values[1:] + values[:-1]) / 2
+        for z in (w, *values, *ties, values[0] * 3, values[-1] * 3):
+            assert torch.equal(fmt.round(z, q), fmt.decode(fmt.encode(z, q), q))
+        candidates = [replace(q, scale=scale) for scale in (q.scale, q.scale.flip(0))]
+        scales = torch.stack([candidate.scale.view(torch.uint8) for candidate in candidates]).view(q.scale.dtype)
+        together = fmt.round(w, replace(q, scale=scales))  # [candidates, out, in]
+        for rounded, candidate in zip(together, candidates, strict=True):
+            assert torch.equal(rounded, fmt.decode(fmt.encode(w, candidate), candidate))
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors agree in dtype, shape and every bit (FP8 and NaN included)."""
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+def assert_same_params(a: QParams, b: QParams) -> None:
+    """Fail unless all parameters agree bit for bit."""
+    for slot in fields(QParams):
+        left, right = getattr(a, slot.name), getattr(b, slot.name)
+        if left is None or right is None:
+            assert left is right, f"{slot.name} is present on one side only"
+        else:
+            assert (left.dtype, left.shape) == (right.dtype, right.shape), (
+                f"{slot.name}: {left.dtype} {tuple(left.shape)} against {right.dtype} {tuple(right.shape)}"
+            )
+            assert same_bits(left, right), f"{slot.name} differs"
+
+
+def assert_usable(fmt: QuantFormat, q: QParams, shape: tuple[int, ...]) -> None:
+    """Fail unless every group's grid is finite and reaches to both sides of zero."""
+    grid = _grid(fmt, q, shape)
+    assert torch.isfinite(grid).all(), "a code decodes to NaN or Inf"
+    assert (grid.amax(0) > 0).all(), "a group's scale is zero or negative"
+    assert (grid.amin(0) < 0).all(), "a group cannot hold negative weights"
+
+
+def _grid(fmt: QuantFormat, q: QParams, shape: tuple[int, ...]) -> Tensor:
+    """Return what every code means at every place, float64 `[codes, out, in]`."""
+    codes = (torch.full(shape, code, dtype=torch.uint8) for code in range(2**fmt.bits))
+    return torch.stack([fmt.decode(same, q).double() for same in codes])
+
+
+def _refusal(fmt: QuantFormat, w: Tensor) -> NumericalError | None:
+    """Return the error `fit` raises for `w`, or None if it accepts it."""
+    try:
+        fmt.fit(w)
+    except NumericalError as error:
+        return error
+    return None
+
+
+def _width(fmt: QuantFormat) -> int:
+    """Return one group's inputs; for one scale per row an odd width, so that rows end inside a word."""
+    return fmt.group_size or 37
+
+
+def _rng(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _weights(fmt: QuantFormat, rows: int, groups: int, seed: int = 0) -> Tensor:
+    """Return Gaussian weights `[rows, groups * width]` whose groups differ in size by up to some hundred times."""
+    rng = _rng(seed + 1000 * rows + groups)
+    size = torch.exp(1.5 * torch.randn(rows, groups, 1, generator=rng))
+    return (0.02 * size * torch.randn(rows, groups, _width(fmt), generator=rng)).flatten(1)

@@ -1,0 +1,162 @@
+"""Tiny models and tokenizers, random or written out here, that tests and plug-in authors build without a download."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
+from tokenizers.models import BPE
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
+
+SPECIAL_TOKENS = ("<bos>", "<eos>", "<pad>")
+_MERGES = ("h e", "Ġ t", "Ġt he", "i n", "e r", "a n", "Ġ a", "an d", "o n", "r e", "Ġ s", "o u", "in g", "e n", "o r")
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}<bos>{{ message['role'] }}\n{{ message['content'] }}<eos>\n{% endfor %}"
+    "{% if add_generation_prompt %}<bos>assistant\n{% endif %}"
+)
+
+
+def tiny_tokenizer(*, add_bos: bool = False, chat_template: bool = False) -> PreTrainedTokenizerFast:
+    """Build a byte-level BPE tokenizer: three special tokens, 256 bytes and fifteen merges, 274 tokens in all.
+
+    Any text survives encoding and decoding unchanged. Needs no file and no training, so ids never change.
+
+    Args:
+        add_bos: Put `<bos>` before every text by default, as Llama tokenizers do.
+        chat_template: Carry a chat template.
+    """
+    tokens = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    merges = [(left, right) for left, right in (merge.split(" ") for merge in _MERGES)]
+    tokens += [left + right for left, right in merges]
+    backend = Tokenizer(BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    if add_bos:
+        backend.post_processor = processors.TemplateProcessing(
+            single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", tokens.index("<bos>"))]
+        )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        clean_up_tokenization_spaces=False,
+    )
+    if chat_template:
+        tokenizer.chat_template = _CHAT_TEMPLATE
+    return tokenizer
+
+
+def tiny_llama(seed: int = 0, *, tied: bool = True, kv_heads: int = 4, layers: int = 2) -> PreTrainedModel:
+    """Build a Llama: hidden 64, intermediate 128, four heads, 320 tokens. `kv_heads` below 4 gives grouped queries."""
+    config = LlamaConfig(
+        **_TEXT, num_hidden_layers=layers, num_key_value_heads=kv_heads, intermediate_size=128, tie_word_embeddings=tied
+    )
+    return _random(lambda: LlamaForCausalLM(config), seed)
+
+
+def tiny_bert(seed: int = 0) -> PreTrainedModel:
+    """Build a BERT encoder of two layers; its output is `last_hidden_state`, its linears have biases."""
+    config = BertConfig(**_TEXT, num_hidden_layers=2, intermediate_size=128)
+    return _random(lambda: BertModel(config), seed)
+
+
+def tiny_olmoe(seed: int = 0) -> PreTrainedModel:
+    """Build an OLMoE: four experts per layer, two per token, not renormalised."""
+    config = OlmoeConfig(
+        **_TEXT, num_hidden_layers=2, intermediate_size=64, num_experts=4, num_experts_per_tok=2, norm_topk_prob=False
+    )
+    return _random(lambda: OlmoeForCausalLM(config), seed)
+
+
+def tiny_mixtral(seed: int = 0) -> PreTrainedModel:
+    """Build a Mixtral: four experts per layer, stored as `w1`, `w3`, `w2` under `block_sparse_moe`."""
+    config = MixtralConfig(
+        **_TEXT,
+        num_hidden_layers=2,
+        num_key_value_heads=2,
+        intermediate_size=128,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+    )
+    return _random(lambda: MixtralForCausalLM(config), seed)
+
+
+def tiny_qwen2_moe(seed: int = 0) -> PreTrainedModel:
+    """Build a Qwen2-MoE: one dense layer, then one with four experts, a shared expert and its one-row gate."""
+    config = Qwen2MoeConfig(
+        **_TEXT,
+        num_hidden_layers=2,
+        num_key_value_heads=2,
+        intermediate_size=128,
+        moe_intermediate_size=64,
+        shared_expert_intermediate_size=128,
+        num_experts=4,
+        num_experts_per_tok=2,
+        mlp_only_layers=[0],
+    )
+    return _random(lambda: Qwen2MoeForCausalLM(config), seed)
+
+
+def tiny_resnet(seed: int = 0) -> PreTrainedModel:
+    """Build a ResNet classifier of two stages for 3 x 32 x 32 images and ten classes, with used-looking statistics."""
+    stages: dict[str, Any] = {"embedding_size": 64, "hidden_sizes": [64, 128], "depths": [1, 1], "num_labels": 10}
+    config = ResNetConfig(**stages, layer_type="basic")
+    model = _random(lambda: ResNetForImageClassification(config), seed)
+    generator = torch.Generator().manual_seed(seed)
+    for name, buffer in model.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.normal_(0, 0.1, generator=generator)
+        elif name.endswith("running_var"):
+            buffer.uniform_(0.5, 2, generator=generator)
+    return model
+
+
+def sample_tokens(model: PreTrainedModel, length: int = 40, seed: int = 0) -> torch.Tensor:
+    """Return random token ids that are no special tokens, int64 `[1, length]`."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(len(SPECIAL_TOKENS), model.config.vocab_size, (1, length), generator=generator)
+
+
+# Wide initial weights: with the usual 0.02 every next-token distribution is flat and errors do not show.
+_TEXT: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.12,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+
+
+def _random(build: Callable[[], PreTrainedModel], seed: int) -> PreTrainedModel:
+    """Build a float32 model in eval mode whose norm gains and biases are random too; global random state is kept."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = build()
+        for name, param in model.named_parameters():
+            if param.ndim == 1:
+                torch.nn.init.normal_(param, mean=1.0 if name.endswith("weight") else 0.0, std=0.2)
+            elif name.endswith("gate.weight"):
+                torch.nn.init.normal_(param, std=0.5)  # routers start at zero or near it: all experts would tie
+    model.eval().requires_grad_(False)
+    return model

@@ -1,0 +1,121 @@
+"""Choosing the kernel for a problem: the first that accepts it; the reference is last and accepts everything.
+
+Set `COMPRESS_KERNEL` to a kernel's name to force it. Nothing here touches a device at import time.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from compressor.errors import RecipeError, UnsupportedError
+from compressor.formats.base import PackedTensor, QuantFormat
+from compressor.kernels.reference.linear import packed_linear
+
+ENV = "COMPRESS_KERNEL"
+LOGGER = logging.getLogger("compressor.kernels")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One operation on one shape.
+
+    Attributes:
+        op: `linear`.
+        format: Format name.
+        m: Rows of the activations.
+        n: Outputs.
+        k: Inputs.
+        group: Inputs per scale; 0 when a whole row shares one.
+        dtype: Dtype of the activations.
+        device: Device type, `cpu` or `cuda`.
+        capability: CUDA compute capability; (0, 0) elsewhere.
+    """
+
+    op: str
+    format: str
+    m: int
+    n: int
+    k: int
+    group: int
+    dtype: torch.dtype
+    device: str
+    capability: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """An implementation.
+
+    Attributes:
+        name: What `COMPRESS_KERNEL` and reports call it.
+        accepts: Returns None for a problem it can do, else the reason it refuses.
+        run: `(x, packed, fmt, bias, dtype) -> Tensor`, as `kernels.reference.linear.packed_linear`.
+    """
+
+    name: str
+    accepts: Callable[[Problem], str | None]
+    run: Callable[[Tensor, PackedTensor, QuantFormat, Tensor | None, torch.dtype], Tensor]
+
+
+def _accepts_all(problem: Problem) -> str | None:
+    return None
+
+
+KERNELS: tuple[Kernel, ...] = (Kernel("reference", _accepts_all, packed_linear),)
+
+
+def pick(problem: Problem) -> Kernel:
+    """Return the kernel for a problem: the forced one, or the first that accepts.
+
+    Raises:
+        RecipeError: `COMPRESS_KERNEL` names no kernel.
+        UnsupportedError: The forced kernel refuses the problem.
+    """
+    kernel = choose(problem, KERNELS, os.environ.get(ENV, ""))
+    _log_choice(kernel.name, problem.op, problem.format, problem.n, problem.k, problem.group, problem.device)
+    return kernel
+
+
+@lru_cache(maxsize=4096)
+def choose(problem: Problem, kernels: tuple[Kernel, ...], forced: str = "") -> Kernel:
+    """Return the first of `kernels` that accepts the problem, or the one named `forced`; see `pick`."""
+    if forced:
+        by_name = {kernel.name: kernel for kernel in kernels}
+        if forced not in by_name:
+            raise RecipeError(f"{ENV}={forced!r} is no kernel", f"choose one of: {', '.join(by_name)}, or unset it")
+        reason = by_name[forced].accepts(problem)
+        if reason is not None:
+            raise UnsupportedError(f"kernel {forced!r} refuses {problem}: {reason}", f"unset {ENV}")
+        return by_name[forced]
+    return next(kernel for kernel in kernels if kernel.accepts(problem) is None)
+
+
+def explain(problem: Problem) -> tuple[tuple[str, str | None], ...]:
+    """Return every kernel's name and its reason to refuse the problem (None: it accepts), in the order tried."""
+    return tuple((kernel.name, kernel.accepts(problem)) for kernel in KERNELS)
+
+
+def linear_problem(packed: PackedTensor, fmt: QuantFormat, m: int, dtype: torch.dtype, device: torch.device) -> Problem:
+    """Describe multiplying `[m, in]` activations by a packed weight."""
+    n, k = packed.shape
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    return Problem("linear", packed.format, m, n, k, fmt.group_size or 0, dtype, device.type, capability)
+
+
+def linear(x: Tensor, packed: PackedTensor, fmt: QuantFormat, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Multiply by a packed weight with whatever kernel fits; arguments as `packed_linear`."""
+    problem = linear_problem(packed, fmt, x.numel() // x.shape[-1], x.dtype, x.device)
+    return pick(problem).run(x, packed, fmt, bias, dtype)
+
+
+@lru_cache(maxsize=4096)
+def _log_choice(kernel: str, op: str, fmt: str, n: int, k: int, group: int, device: str) -> None:
+    """Say once per weight shape which kernel runs; the cache is what makes it once."""
+    LOGGER.info("%s %s [%d, %d] groups of %s on %s: %s kernel", op, fmt, n, k, group or "a row", device, kernel)

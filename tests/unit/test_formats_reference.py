@@ -1,0 +1,248 @@
+"""Bit equality with compressed-tensors, the library whose checkpoints we write: scales, codes, bytes, dense values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.compressors.nvfp4.helpers import pack_fp4_to_uint8
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from compressed_tensors.quantization.lifecycle.forward import dequantize, quantize
+from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+from compressed_tensors.quantization.utils.mxfp_utils import generate_mx_scales
+from torch import Tensor
+
+from compressor.errors import CheckpointError
+from compressor.formats.base import PackedTensor, QParams, QuantFormat
+from compressor.formats.e2m1 import E2M1_VALUES
+from compressor.formats.ints import IntFormat
+from compressor.formats.mxfp4 import MXFP4
+from compressor.formats.nvfp4 import NVFP4
+
+BF16 = torch.bfloat16
+INTS = [IntFormat(bits, 64, BF16) for bits in range(2, 9)] + [
+    IntFormat(4, 32, torch.float16),
+    IntFormat(4, 64, torch.float32),
+    IntFormat(3, None, BF16),
+    IntFormat(8, None, torch.float32),
+]
+FORMATS: list[QuantFormat] = [*INTS, NVFP4(), MXFP4()]
+
+
+def label(fmt: QuantFormat) -> str:
+    return f"{fmt.name}-{fmt.group_size}-{getattr(fmt, 'dtype', '')}"
+
+
+@pytest.fixture(params=["float32", "bf16-origin"])
+def weights(request: pytest.FixtureRequest) -> Tensor:
+    """Float32 weights `[48, 192]` of uneven groups, with a zero row, zero groups and single zeros."""
+    rng = torch.Generator().manual_seed(20240)
+    size = torch.exp(torch.randn(48, 6, 1, generator=rng))
+    w = (0.02 * size * torch.randn(48, 6, 32, generator=rng)).flatten(1)
+    w[7] = 0
+    w[9, 64:128] = 0
+    w[torch.rand(w.shape, generator=rng) < 0.1] = 0
+    return w if request.param == "float32" else w.to(BF16).float()
+
+
+def their_args(fmt: QuantFormat) -> QuantizationArgs:
+    return QuantizationArgs(**fmt.scheme())
+
+
+def their_params(fmt: QuantFormat, w: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Scale in float32 (or powers of two) and global scale, as their observers would compute them."""
+    args = their_args(fmt)
+    if isinstance(fmt, IntFormat):
+        args.scale_dtype = fmt.dtype  # rounds the scale before it is used, as a reader of the checkpoint will see it
+    groups = w.unflatten(-1, (-1, fmt.group_size or w.shape[-1]))
+    divisor = generate_gparam(w.min(), w.max()) if fmt.has_global_scale else None
+    scale, _ = calculate_qparams(groups.amin(-1), groups.amax(-1), args, global_scale=divisor)
+    return scale, divisor
+
+
+def their_codes(fmt: QuantFormat, w: Tensor) -> Tensor:
+    """Their rounded values on the unscaled grid: integers, or E2M1 values with the sign of zero kept."""
+    scale, divisor = their_params(fmt, w)
+    return quantize(w, scale, None, their_args(fmt), global_scale=divisor)
+
+
+def state(fmt: QuantFormat, w: Tensor) -> dict[str, Tensor]:
+    scale, divisor = their_params(fmt, w)
+    stored = {"weight": w, "weight_scale": scale.to(fmt.dtype) if isinstance(fmt, IntFormat) else scale}
+    return stored if divisor is None else {**stored, "weight_global_scale": divisor}
+
+
+def compressor_of(fmt: QuantFormat) -> tuple[type[BaseCompressor], QuantizationScheme]:
+    scheme = QuantizationScheme(targets=["Linear"], weights=their_args(fmt), format=fmt.container)
+    return BaseCompressor.get_value_from_registry(fmt.container), scheme
+
+
+def ours(fmt: QuantFormat, w: Tensor) -> tuple[Tensor, QParams, PackedTensor]:
+    q = fmt.fit(w)
+    codes = fmt.encode(w, q)
+    return codes, q, fmt.pack(codes, q)
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=label)
+def test_scales(fmt: QuantFormat, weights: Tensor) -> None:
+    q = fmt.fit(weights)
+    scale, divisor = their_params(fmt, weights)
+    mine = torch.exp2(q.scale.double() - 127).float() if isinstance(fmt, MXFP4) else q.scale.float()
+    assert torch.equal(mine, scale)
+    if divisor is None:
+        assert q.global_scale is None
+    else:
+        assert torch.equal(q.global_scale, divisor)
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=label)
+def test_codes(fmt: QuantFormat, weights: Tensor) -> None:
+    codes, _, _ = ours(fmt, weights)
+    theirs = their_codes(fmt, weights)
+    if isinstance(fmt, IntFormat):
+        assert torch.equal(codes.float() - 2 ** (fmt.bits - 1), theirs)
+    else:
+        values = torch.tensor(E2M1_VALUES)[codes.long()]
+        assert torch.equal(values, theirs)
+        assert torch.equal(values.signbit(), theirs.signbit())
+        assert (codes == 8).any(), "no negative weight rounded to zero: the test lost its point"
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=label)
+def test_bytes_of_their_packers(fmt: QuantFormat, weights: Tensor) -> None:
+    _, _, packed = ours(fmt, weights)
+    theirs = their_codes(fmt, weights)
+    if isinstance(fmt, IntFormat):
+        signed = theirs.to(torch.int8)
+        assert torch.equal(packed.tensors["weight_packed"], pack_to_int32(signed, fmt.bits))
+        assert torch.equal(unpack_from_int32(packed.tensors["weight_packed"], fmt.bits, weights.shape), signed)
+    else:
+        assert torch.equal(packed.tensors["weight_packed"], pack_fp4_to_uint8(theirs))
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=label)
+def test_tensors_of_their_compressor(fmt: QuantFormat, weights: Tensor) -> None:
+    _, _, packed = ours(fmt, weights)
+    compressor, scheme = compressor_of(fmt)
+    theirs = compressor.compress(state(fmt, weights), scheme)
+    assert theirs.keys() == packed.tensors.keys()
+    for suffix, tensor in theirs.items():
+        mine = packed.tensors[suffix]
+        assert (mine.dtype, mine.shape) == (tensor.dtype, tensor.shape), suffix
+        assert torch.equal(mine.view(torch.uint8), tensor.view(torch.uint8)), suffix
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=label)
+def test_dense_values_of_their_compressor(fmt: QuantFormat, weights: Tensor) -> None:
+    """They decompress integers to the scale's dtype and 4-bit floats to bf16: our float32, cast once."""
+    codes, q, packed = ours(fmt, weights)
+    compressor, scheme = compressor_of(fmt)
+    dense = compressor.decompress(dict(packed.tensors), scheme)["weight"]
+    assert dense.dtype == (fmt.dtype if isinstance(fmt, IntFormat) else BF16)
+    assert torch.equal(fmt.decode(codes, q).to(dense.dtype), dense)
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=label)
+def test_dense_values_in_float32(fmt: QuantFormat, weights: Tensor) -> None:
+    codes, q, _ = ours(fmt, weights)
+    scale, divisor = their_params(fmt, weights)
+    theirs = dequantize(
+        their_codes(fmt, weights), scale, args=their_args(fmt), dtype=torch.float32, global_scale=divisor
+    )
+    assert torch.equal(fmt.decode(codes, q), theirs)
+
+
+def nasty_magnitudes() -> Iterator[Tensor]:
+    """Every float32 exponent with mantissas around the 1.75 threshold, subnormals and zero."""
+    threshold = 0x600000  # mantissa bits of 1.75
+    for mantissa in (0, 1, threshold - 1, threshold, threshold + 1, 0x7FFFFF):
+        yield (torch.arange(255, dtype=torch.int32) << 23 | mantissa).view(torch.float32)
+    yield torch.rand(4096, generator=torch.Generator().manual_seed(3)) * 8
+
+
+def test_mxfp4_exponents_at_every_threshold() -> None:
+    magnitudes = torch.cat(list(nasty_magnitudes()))
+    theirs = generate_mx_scales(magnitudes).clamp(0, 252)  # they would store 253 and NaN for the last binade
+    w = torch.zeros(len(magnitudes), 32)
+    w[:, 5] = -magnitudes
+    q = MXFP4().fit(w)
+    assert torch.equal(q.scale.flatten().float(), theirs)
+    assert torch.isfinite(MXFP4().decode(torch.full(w.shape, 7, dtype=torch.uint8), q)).all()
+
+
+def test_nvfp4_shares_one_divisor_over_fused_layers(weights: Tensor) -> None:
+    fmt = NVFP4()
+    members = (weights[:16], weights[16:] * 3)
+    shared = fmt.fit_global(members)
+    joint = torch.cat(members)
+    assert torch.equal(shared, generate_gparam(joint.min(), joint.max()))
+    for member in members:
+        q = fmt.fit(member, shared)
+        groups = member.unflatten(-1, (-1, 16))
+        scale, _ = calculate_qparams(groups.amin(-1), groups.amax(-1), their_args(fmt), global_scale=shared)
+        assert torch.equal(q.scale.float(), scale)
+
+
+@pytest.mark.parametrize("magnitude", [0.0, 1e-38, 1e-36, 1e-30, 1e30, 1e38])
+def test_nvfp4_divisor_at_the_ends_of_float32(magnitude: float) -> None:
+    w = torch.full((2, 16), magnitude)
+    assert torch.equal(NVFP4().fit_global([w]), generate_gparam(w.min(), w.max()))
+
+
+def test_nvfp4_reaches_every_fp8_neighbour() -> None:
+    """Moving by one code is the next FP8 number, whatever the binade, and stays positive and finite."""
+    fmt = NVFP4()
+    finite = torch.arange(1, 127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    q = QParams(finite.to(torch.float8_e4m3fn)[None], global_scale=torch.ones(1))
+    first, *others = (candidate.scale.float()[0] for candidate in fmt.scale_candidates(q))
+    assert torch.equal(first, finite)
+    steps = {int((other[60:61].to(torch.float8_e4m3fn).view(torch.uint8).int() - 61).item()) for other in others}
+    assert steps == set(range(-8, 4)) - {0}
+    for other in others:
+        assert torch.isin(other, finite).all()
+
+
+def test_nvfp4_global_candidates_search_less_than_one_binade() -> None:
+    given = torch.tensor([1234.5])
+    first, *others = (float(g) for g in NVFP4().global_candidates(given) if g is not None)
+    assert first == 1234.5
+    assert len(others) == len(set(others)) >= 6
+    assert all(0.5 < other / first < 1 for other in others)
+
+
+def test_mxfp4_candidates_never_reach_nan_or_overflow() -> None:
+    q = QParams(torch.arange(253, dtype=torch.uint8)[None])
+    steps = [candidate.scale.int()[0] - q.scale.int()[0] for candidate in MXFP4().scale_candidates(q)]
+    assert [int(step[100]) for step in steps] == [0, -1, 1, -2]
+    assert all((q.scale.int()[0] + step).max() <= 252 and (q.scale.int()[0] + step).min() >= 0 for step in steps)
+
+
+@pytest.mark.parametrize("fmt", [IntFormat(4, 64, BF16), NVFP4(), MXFP4()], ids=label)
+def test_damaged_tensors_are_refused_by_name(fmt: QuantFormat, weights: Tensor) -> None:
+    _, _, packed = ours(fmt, weights)
+    tensors = packed.tensors
+    wrong = [
+        {suffix: t for suffix, t in tensors.items() if suffix != "weight_scale"},
+        {**tensors, "weight_zero_point": tensors["weight_scale"]},
+        {**tensors, "weight_scale": tensors["weight_scale"][:, :-1]},
+        {**tensors, "weight_scale": tensors["weight_scale"].double()},
+        {**tensors, "weight_packed": tensors["weight_packed"][:-1]},
+    ]
+    for damaged in wrong:
+        with pytest.raises(CheckpointError, match=r"weight_(scale|zero_point|packed)"):
+            fmt.unpack(PackedTensor(packed.format, packed.shape, damaged))
+    with pytest.raises(CheckpointError, match="int3"):
+        IntFormat(3, 64, BF16).unpack(packed)
+    with pytest.raises(CheckpointError, match="do not divide"):
+        fmt.unpack(PackedTensor(packed.format, (48, 193), tensors))
+
+
+def test_a_stored_shape_of_another_matrix_is_refused(weights: Tensor) -> None:
+    fmt = IntFormat(4, 64, BF16)
+    _, _, packed = ours(fmt, weights)
+    other = {**packed.tensors, "weight_shape": torch.tensor([48, 191])}
+    with pytest.raises(CheckpointError, match=r"weight_shape says \[48, 191\]"):
+        fmt.unpack(PackedTensor(packed.format, packed.shape, other))
