@@ -126,7 +126,7 @@ def prepare(recipe: Recipe, out: Path | None = None, *, device: str = "auto", fo
         output_files.check_output(out, force)
     limit = getattr(skeleton.model.config.get_text_config(), "max_position_embeddings", None)
     if method.stream is not Stream.NONE and limit and recipe.calibration.seq_len > limit:
-        raise RecipeError(f"--seq-len {recipe.calibration.seq_len}: the model reads at most {limit} tokens")
+        raise RecipeError(f"--seq-len {recipe.calibration.seq_len}: the model reads at most {limit} tokens", f"--seq-len {limit}")
     resolved = recipe.model_copy(update={"format": plan.format})
     return Job(resolved, out, source, skeleton, blocks, method, plan)
 

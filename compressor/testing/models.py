@@ -64,10 +64,22 @@ def tiny_tokenizer(*, add_bos: bool = False, chat_template: bool = False) -> Pre
     return tokenizer
 
 
-def tiny_llama(seed: int = 0, *, tied: bool = True, kv_heads: int = 4, layers: int = 2) -> PreTrainedModel:
-    """Build a Llama: hidden 64, intermediate 128, four heads, 320 tokens. `kv_heads` below 4 gives grouped queries."""
+def tiny_llama(
+    seed: int = 0,
+    *,
+    tied: bool = True,
+    kv_heads: int = 4,
+    layers: int = 2,
+    hidden_size: int = 64,
+    intermediate_size: int = 128,
+) -> PreTrainedModel:
+    """Build a Llama with four heads and 320 tokens. `kv_heads` below 4 gives grouped queries."""
     config = LlamaConfig(
-        **_TEXT, num_hidden_layers=layers, num_key_value_heads=kv_heads, intermediate_size=128, tie_word_embeddings=tied
+        **{**_TEXT, "hidden_size": hidden_size},
+        num_hidden_layers=layers,
+        num_key_value_heads=kv_heads,
+        intermediate_size=intermediate_size,
+        tie_word_embeddings=tied,
     )
     return _random(lambda: LlamaForCausalLM(config), seed)
 
