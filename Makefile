@@ -13,10 +13,10 @@ demo: $(STAMP)
 	$(BIN)/compress generate $(DEMO) --baseline smollm2-135m --prompt "Why is the sky blue?" --max-new-tokens 40
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -m "slow or network"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -44,7 +44,7 @@ class HiddenStore:
     """Reads and writes boundaries of one stream.
 
     Args:
-        folder: Where the files live; created if missing.
+        folder: Where the files live; created with the first one.
         stream: Name of the stream, part of the file names.
         device: Where `read` puts samples.
     """
@@ -55,7 +55,6 @@ class HiddenStore:
         self.folder = folder
         self.stream = stream
         self.device = device
-        folder.mkdir(parents=True, exist_ok=True)
 
     def writer(self, boundary: int) -> BoundaryWriter:
         """Return a writer for the states that enter block `boundary`."""
@@ -91,15 +90,29 @@ class HiddenStore:
 
 
 class BoundaryWriter:
-    """Appends samples in order; `close` makes the file durable and describes it."""
+    """Appends samples in order; `close` makes the file durable and describes it.
+
+    As a context it gives the space of a file that was not closed back, whatever the reason.
+    """
 
     def __init__(self, folder: Path, name: str) -> None:
         self._path = folder / name
         self._part = folder / f"{name}.part"
-        self._file = self._part.open("wb")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = self._part.open("wb")
+        except OSError as error:
+            raise disk_error(error, self._path) from error
         self._hash = hashlib.sha256()
         self._shape: tuple[int, ...] = ()
         self._count = 0
+
+    def __enter__(self) -> BoundaryWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self._file.closed:
+            self._abandon()
 
     def append(self, hidden: Tensor) -> None:
         """Write one sample; all samples must have the same shape.

@@ -126,7 +126,9 @@ def prepare(recipe: Recipe, out: Path | None = None, *, device: str = "auto", fo
         output_files.check_output(out, force)
     limit = getattr(skeleton.model.config.get_text_config(), "max_position_embeddings", None)
     if method.stream is not Stream.NONE and limit and recipe.calibration.seq_len > limit:
-        raise RecipeError(f"--seq-len {recipe.calibration.seq_len}: the model reads at most {limit} tokens", f"--seq-len {limit}")
+        raise RecipeError(
+            f"--seq-len {recipe.calibration.seq_len}: the model reads at most {limit} tokens", f"use --seq-len {limit}"
+        )
     resolved = recipe.model_copy(update={"format": plan.format})
     return Job(resolved, out, source, skeleton, blocks, method, plan)
 
@@ -143,13 +145,15 @@ def execute(job: Job, *, force: bool = False, progress: Progress | None = None) 
     if job.method.stream is not Stream.NONE:
         progress.stage("reading calibration data")
         calibration = calibrate(job)
-        for event in calibration.events:
-            progress.event(event)
+    events = [*job.plan.notes, *(calibration.events if calibration else ())]
+    for event in events:
+        progress.event(event)
     progress.stage("hashing the source")
     parts = digest_parts(job, calibration)
     plan = replace(job.plan, digest=digest(parts))
     with output_files.claimed(job.out, parts, plan.digest, force):
         report = _run(job, plan, calibration, progress)
+        report.events = [*events, *report.events]
         report.seconds = time.monotonic() - started
         report.peak_rss = peak_rss()
         write_json(job.out / output_files.REPORT, report.to_json())
@@ -184,7 +188,7 @@ def _run(job: Job, plan: Plan, calibration: CalibrationSet | None, progress: Pro
         recipe=job.recipe.model_dump(mode="json"),
         versions=versions(),
         rows=rows,
-        events=[event for unit in units for event in unit.events] + list(calibration.events if calibration else ()),
+        events=[event for unit in units for event in unit.events],
         bytes_before=plan.bytes_before,
         bytes_after=plan.bytes_after,
         bits_per_weight=plan.bits_per_weight,

@@ -11,6 +11,7 @@ import gc
 import hashlib
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -202,17 +203,15 @@ class Engine:
         assert self.tokens is not None
         n_samples = self.tokens.shape[0]
         self.progress.stage("embedding calibration samples")
-        writers = {name: store.writer(0) for name, store in self.stores.items()} if first else {}
-        for sample in range(n_samples):
-            hidden, recording = self.blocks.prologue(self._inputs(sample))
-            recordings.setdefault("calibration", recording)
-            if sample in (1, n_samples - 1):
-                recordings["calibration"].check_same(recording)
-            for writer in writers.values():
-                writer.append(hidden)
-            if not first and sample >= 1:
-                break
-        entering.update({name: writer.close() for name, writer in writers.items()})
+        _, recordings["calibration"] = self.blocks.prologue(self._inputs(0))
+        for sample in {min(1, n_samples - 1), n_samples - 1}:
+            recordings["calibration"].check_same(self.blocks.prologue(self._inputs(sample))[1])
+        if first:
+            for name, store in self.stores.items():
+                with store.writer(0) as writer:
+                    for sample in range(n_samples):
+                        writer.append(self.blocks.prologue(self._inputs(sample))[0])
+                    entering[name] = writer.close()
         return recordings, entering
 
     def _block(self, index: int, before: Unit, recordings: dict[str, Recording]) -> Unit:
@@ -245,9 +244,9 @@ class Engine:
         return Unit(self.plan.blocks[index], unit_hash, rows, events, saved, streams)
 
     def _save_probe(self, boundary: int, hidden: Tensor) -> Boundary:
-        writer = self.probe_store.writer(boundary)
-        writer.append(hidden)
-        return writer.close()
+        with self.probe_store.writer(boundary) as writer:
+            writer.append(hidden)
+            return writer.close()
 
     def _capture(self, layers: tuple[LayerPlan, ...]) -> Capture | None:
         """Prepare accumulators, one per tensor that compressed layers read."""
@@ -268,20 +267,15 @@ class Engine:
         """Run every sample of a stream through the block as it now is, and write what leaves it."""
         assert self.tokens is not None
         store, boundary = self.stores[stream], before.streams[stream]
-        writer = store.writer(index + 1)
         n_samples = self.tokens.shape[0]
-        for sample in range(n_samples):
-            hidden = store.read(boundary, sample)
-            with torch.no_grad():
-                if capture is None:
-                    out = self.blocks.run(index, hidden, recording)
-                else:
-                    with capture.attached():
-                        out = self.blocks.run(index, hidden, recording)
-                    if sample + 1 == n_samples or lane_of(sample, n_samples) != lane_of(sample + 1, n_samples):
-                        capture.close_lane()
-            writer.append(out)
-        return {stream: writer.close()}
+        attached = capture.attached() if capture else nullcontext()
+        with store.writer(index + 1) as writer, attached, torch.no_grad():
+            for sample in range(n_samples):
+                writer.append(self.blocks.run(index, store.read(boundary, sample), recording))
+                lane_ends = sample + 1 == n_samples or lane_of(sample, n_samples) != lane_of(sample + 1, n_samples)
+                if capture and lane_ends:
+                    capture.close_lane()
+            return {stream: writer.close()}
 
     def _solve(
         self, layers: tuple[LayerPlan, ...], capture: Capture | None, tensors: Mapping[str, Tensor]

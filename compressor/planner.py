@@ -63,6 +63,7 @@ def make_plan(recipe: Recipe, source: Source, skeleton: Skeleton, blocks: BlockS
     skipped = match_patterns(recipe.skip, refs)
     layers = [plan_layer(ref, source, method, fmt, skipped.get(ref.name), recipe) for ref in refs]
     check_fused(layers)
+    check_experts(layers)
     if not any(layer.format for layer in layers):
         raise nothing_to_compress(layers)
     return Plan(
@@ -75,6 +76,7 @@ def make_plan(recipe: Recipe, source: Source, skeleton: Skeleton, blocks: BlockS
         group_size=group_size,
         default_dtype=source.dtype,
         peak_bytes=estimate_peak(layers, method, fmt, len(blocks.names)),
+        notes=reader_notes(layers),
     )
 
 
@@ -231,6 +233,26 @@ def check_fused(layers: list[LayerPlan]) -> None:
             )
 
 
+def check_experts(layers: list[LayerPlan]) -> None:
+    """Refuse a plan that compresses some weights of an expert stack and leaves others: no reader accepts a mixture.
+
+    Raises:
+        RecipeError: Names the two weights that disagree.
+    """
+    first: dict[str, LayerPlan] = {}
+    for layer in layers:
+        if layer.ref.kind is not Kind.EXPERT or layer.ref.matrix is None:
+            continue
+        stack = layer.ref.fed_by.partition("#")[0]
+        other = first.setdefault(stack, layer)
+        if other.format != layer.format:
+            dense, packed = (layer, other) if other.format else (other, layer)
+            raise RecipeError(
+                f"{dense.ref.module} stays dense but {packed.ref.module}, of the same expert stack, does not",
+                f'leave out all of it: --skip "{dense.ref.name.partition("experts.")[0]}experts.*"',
+            )
+
+
 def nothing_to_compress(layers: list[LayerPlan]) -> UnsupportedError:
     """Build the error for a plan that changes nothing, naming the most common reason."""
     weights = [layer for layer in layers if layer.ref.kind is not Kind.OTHER]
@@ -242,6 +264,16 @@ def nothing_to_compress(layers: list[LayerPlan]) -> UnsupportedError:
         f"nothing to compress: {first.ref.name}: {reason} ({count} of {len(weights)} weights)",
         "see what would happen to each tensor with --dry-run",
     )
+
+
+def reader_notes(layers: list[LayerPlan]) -> tuple[str, ...]:
+    """Return what users of other readers must know about this plan."""
+    if any(layer.format == "nvfp4" and layer.ref.kind is Kind.EXPERT for layer in layers):
+        return (
+            "stock transformers drops the global scale of NVFP4 experts without a word and computes wrong results: "
+            "load this checkpoint with compressor.load, or use --format mxfp4",
+        )
+    return ()
 
 
 def activation_sites(model: nn.Module, blocks: BlockSequence) -> Iterable[ActivationSite]:

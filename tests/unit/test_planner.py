@@ -81,6 +81,19 @@ def test_mixture_of_experts(tmp_path: Path) -> None:
     assert w1.fused_with == w3.fused_with != w2.fused_with
 
 
+def test_part_of_an_expert_stack_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="of the same expert stack") as caught:
+        plan_of(models.tiny_mixtral(), tmp_path, format="int4", skip=("*.w2",))
+    assert '--skip "model.layers.0.block_sparse_moe.experts.*"' in caught.value.hint
+    skip = ("model.layers.0.block_sparse_moe.experts.*",)
+    assert len(plan_of(models.tiny_mixtral(), tmp_path, format="int4", skip=skip).compressed) == 4 * 3 + 2 * 4
+
+
+def test_experts_that_stock_readers_get_wrong_are_flagged(tmp_path: Path) -> None:
+    assert "NVFP4 experts" in plan_of(models.tiny_mixtral(), tmp_path, format="nvfp4").notes[0]
+    assert not plan_of(models.tiny_llama(), tmp_path / "dense", format="nvfp4").notes
+
+
 def test_shared_expert_and_its_gate(tmp_path: Path) -> None:
     plan = plan_of(models.tiny_qwen2_moe(), tmp_path, format="int4")
     kinds = by_kind(plan)
