@@ -47,7 +47,9 @@ def _options(
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + signum)
+    # Not an exception: libraries in the middle of their work may catch it. What is finished is on the disk already.
+    os.write(2, b"terminated; the same command continues where it was\n")
+    os._exit(128 + signum)
 
 
 def main() -> None:
