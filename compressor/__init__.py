@@ -1,7 +1,8 @@
 """Compress Hugging Face checkpoints: quantize, write, reload, measure.
 
 The public API is what this module exports: `quantize`, `load`, and the errors in `compressor.errors`. Importing it is
-cheap; torch and transformers load when a function is first touched.
+cheap; torch and transformers load when a function is first touched. It also lets transformers load native checkpoints,
+from the moment transformers is imported.
 """
 
 from __future__ import annotations
@@ -9,7 +10,11 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from compressor import _hook
+
 __version__ = "0.1.0"
+
+_hook.install()
 
 if TYPE_CHECKING:
     from compressor.api import quantize

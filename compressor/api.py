@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -21,7 +21,7 @@ from compressor import __version__
 from compressor import output as output_files
 from compressor.calibration.dataset import CalibrationSet, Generate, build
 from compressor.checkpoint.blocks import BlockSequence
-from compressor.checkpoint.export import copy_side_files, quantization_config
+from compressor.checkpoint.export import copy_side_files, result_config
 from compressor.checkpoint.resolve import resolve_model
 from compressor.checkpoint.sink import WORK, write_json
 from compressor.checkpoint.skeleton import Skeleton, quiet, read_config
@@ -33,7 +33,7 @@ from compressor.methods import get_method
 from compressor.methods.base import Method, Stream
 from compressor.plan import Plan, digest
 from compressor.planner import make_plan
-from compressor.recipe import CalibrationSpec, Recipe
+from compressor.recipe import CalibrationSpec, Override, Recipe
 from compressor.report import Progress, RunReport, Silent
 from compressor.verify import verify
 
@@ -64,16 +64,19 @@ def quantize(
     n_samples: int = 32,
     seq_len: int = 512,
     skip: Sequence[str] = (),
+    overrides: Mapping[str, str] | None = None,
+    kv_cache: Literal["fp8"] | None = None,
     options: Mapping[str, Any] | None = None,
     seed: int = 0,
     device: str = "auto",
     force: bool = False,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> RunReport:
     """Compress a checkpoint and write it as safetensors; the same as `compress quantize`.
 
     Args:
-        model: Embedded model name, checkpoint folder, or Hub id.
+        model: Embedded model name, checkpoint folder, GGUF file, or Hub id (`owner/name[@revision]`).
         method: See `compress list methods`.
         format: See `compress list formats`; None picks the method's default.
         group_size: Inputs per scale, `"channel"`, or None for the format's default.
@@ -81,11 +84,14 @@ def quantize(
         data: Calibration text: preset, local file, or Hub dataset.
         n_samples: Windows of calibration text.
         seq_len: Tokens per window.
-        skip: Globs of tensors that stay dense.
+        skip: Globs of tensors that stay dense; wins over `overrides`.
+        overrides: Glob -> format (`"int8"`, `"int8:channel"`) of tensors that get another one; the last match wins.
+        kv_cache: Store scales for an FP8 key/value cache.
         options: Options of the method.
         seed: Seed of everything random.
         device: `auto`, `cpu`, `cuda`, ...
         force: Overwrite an earlier result.
+        trust_remote_code: Run model code that comes with the checkpoint, where transformers has none of its own.
         progress: Who is told how far it is.
 
     Raises:
@@ -97,12 +103,28 @@ def quantize(
         options=dict(options or {}),
         format=format,
         group_size=None if group_size is None else str(group_size),
-        skip=tuple(skip),
+        overrides=make_overrides(overrides or {}, skip),
+        kv_cache=kv_cache,
         calibration=CalibrationSpec(data=data, n_samples=n_samples, seq_len=seq_len),
         seed=seed,
+        trust_remote_code=trust_remote_code,
     )
     job = prepare(recipe, Path(output) if output is not None else None, device=device, force=force)
     return execute(job, force=force, progress=progress or Silent())
+
+
+def needs_data(method: Method, recipe: Recipe) -> bool:
+    """Return whether a run looks at calibration data."""
+    return method.stream is not Stream.NONE or recipe.kv_cache is not None
+
+
+def make_overrides(formats: Mapping[str, str], skip: Sequence[str]) -> tuple[Override, ...]:
+    """Turn `--set GLOB=FORMAT[:GROUP]` and `--skip GLOB` into overrides; skips come last, so they win."""
+    chosen = []
+    for match, text in formats.items():
+        name, found, group_size = text.partition(":")
+        chosen.append(Override(match=match, format=name, group_size=group_size if found else None))
+    return (*chosen, *(Override(match=match, keep=f"left out by --skip {match}") for match in skip))
 
 
 def prepare(recipe: Recipe, out: Path | None = None, *, device: str = "auto", force: bool = False) -> Job:
@@ -112,20 +134,21 @@ def prepare(recipe: Recipe, out: Path | None = None, *, device: str = "auto", fo
         CompressorError: Anything that can be known to be wrong before reading weights.
     """
     method = get_method(recipe.method, recipe.options)
-    if recipe.format is not None:
-        get_format(recipe.format, parse_group_size(recipe.format, recipe.group_size), torch.bfloat16)
-    path, revision = resolve_model(recipe.model)
+    for name, group_size in [(recipe.format, recipe.group_size), *((o.format, o.group_size) for o in recipe.overrides)]:
+        if name is not None:
+            get_format(name, parse_group_size(name, group_size), torch.bfloat16)
+    path, revision = resolve_model(recipe.model, recipe.trust_remote_code)
     if out is not None:
         output_files.check_output(out, force)
     source = Source.open(path, recipe.model, revision)
-    skeleton = Skeleton.build(path, pick_device(device))
+    skeleton = Skeleton.build(path, pick_device(device), recipe.trust_remote_code)
     blocks = BlockSequence.find(skeleton.model)
     plan = make_plan(recipe, source, skeleton, blocks)
     if out is None:
         out = default_output(recipe, plan.format)
         output_files.check_output(out, force)
     limit = getattr(skeleton.model.config.get_text_config(), "max_position_embeddings", None)
-    if method.stream is not Stream.NONE and limit and recipe.calibration.seq_len > limit:
+    if needs_data(method, recipe) and limit and recipe.calibration.seq_len > limit:
         raise RecipeError(
             f"--seq-len {recipe.calibration.seq_len}: the model reads at most {limit} tokens", f"use --seq-len {limit}"
         )
@@ -142,10 +165,10 @@ def execute(job: Job, *, force: bool = False, progress: Progress | None = None) 
     progress = progress or Silent()
     started = time.monotonic()
     calibration = None
-    if job.method.stream is not Stream.NONE:
+    if needs_data(job.method, job.recipe):
         progress.stage("reading calibration data")
         calibration = calibrate(job)
-    events = [*job.plan.notes, *(calibration.events if calibration else ())]
+    events = [*job.source.notes, *job.plan.notes, *(calibration.events if calibration else ())]
     for event in events:
         progress.event(event)
     progress.stage("hashing the source")
@@ -171,21 +194,19 @@ def _run(job: Job, plan: Plan, calibration: CalibrationSet | None, progress: Pro
     inputs = {name: value.cpu() for name, value in engine.probe_inputs().items()}
     save_file({"inputs": next(iter(inputs.values())), "logits": engine.probe_output(units[-1]).cpu()}, probe)
     engine.sink.publish()
-    copy_side_files(job.source, job.out)
-    write_json(
-        job.out / output_files.RECIPE, {**job.recipe.model_dump(mode="json"), "source_revision": job.source.revision}
-    )
-    config = dict(job.source.config)
-    config["quantization_config"] = quantization_config(plan, engine.fmt, job.skeleton.model)
+    copy_side_files(job.source, job.out, code=job.recipe.trust_remote_code)
+    recipe = {**job.recipe.model_dump(mode="json"), "source_revision": job.source.revision}
+    write_json(job.out / output_files.RECIPE, recipe)
+    config = result_config(job.source.config, plan, engine.format_of, job.skeleton.model)
     write_json(job.out / "config.json", config)
     progress.stage("verifying in a fresh process")
-    verification = _verify(job.out, probe)
+    verification = _verify(job.out, probe, job.recipe.trust_remote_code)
     rows = [row for unit in units for row in unit.rows]
     errors = [row.error for row in rows if row.error is not None]
     return RunReport(
         output=str(job.out),
         digest=plan.digest,
-        recipe=job.recipe.model_dump(mode="json"),
+        recipe=recipe,
         versions=versions(),
         rows=rows,
         events=[event for unit in units for event in unit.events],
@@ -198,10 +219,10 @@ def _run(job: Job, plan: Plan, calibration: CalibrationSet | None, progress: Pro
     )
 
 
-def _verify(out: Path, probe: Path) -> dict[str, Any]:
+def _verify(out: Path, probe: Path, trust_remote_code: bool) -> dict[str, Any]:
     """Reload in a fresh process; a result that cannot be trusted is made unloadable before the error goes on."""
     try:
-        result = verify(out, probe)
+        result = verify(out, probe, trust_remote_code=trust_remote_code)
         if not result.ok:
             differ = f"reloaded logits differ by {result.relative_error:.2e}, allowed is {result.tolerance:.0e}"
             raise VerificationError(
@@ -220,7 +241,7 @@ def calibrate(job: Job) -> CalibrationSet:
     Raises:
         CompressorError: Before any work: unreadable, too little, or not this model's vocabulary.
     """
-    tokenizer = load_tokenizer(job.source.path)
+    tokenizer = load_tokenizer(job.source.path, job.recipe.trust_remote_code)
     vocab_size = job.skeleton.model.config.get_text_config().vocab_size
     return build(job.recipe.calibration, tokenizer, vocab_size, seed=job.recipe.seed, generate=_generator(job))
 
@@ -231,7 +252,7 @@ def _generator(job: Job) -> Generate:
     def generate(n_samples: int, seq_len: int, seed: int) -> Tensor:
         from compressor.runtime import load
 
-        model: Any = load(job.source.path)
+        model: Any = load(job.source.path, trust_remote_code=job.recipe.trust_remote_code)
         torch.manual_seed(seed)  # transformers samples from the global generator
         vocab_size = model.config.get_text_config().vocab_size
         start = torch.randint(0, vocab_size, (n_samples, 1))
@@ -255,8 +276,8 @@ def _generator(job: Job) -> Generate:
     return generate
 
 
-def load_tokenizer(path: Path) -> Any:
-    """Load a checkpoint's tokenizer, never running code from it.
+def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
+    """Load a checkpoint's tokenizer; code that comes with it runs only if it is trusted.
 
     Raises:
         CheckpointError: It has none, or it is unreadable.
@@ -265,7 +286,7 @@ def load_tokenizer(path: Path) -> Any:
 
     try:
         with quiet():
-            return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises whatever the files provoke
         raise CheckpointError(f"{path}: no usable tokenizer: {str(error).splitlines()[0]}", "copy it there") from error
 
@@ -285,7 +306,7 @@ def digest_parts(job: Job, calibration: CalibrationSet | None) -> dict[str, Any]
 
 def default_output(recipe: Recipe, format_name: str) -> Path:
     """Return `./<name>-<method>-<format>`."""
-    name = Path(recipe.model.partition("@")[0]).resolve().name if recipe.model else "model"
+    name = Path(recipe.model.partition("@")[0]).resolve().name.removesuffix(".gguf")
     name = re.sub(r"[^\w.-]+", "-", name)
     return Path(f"{name}-{recipe.method}-{format_name}")
 
@@ -385,4 +406,6 @@ def _original_of(folder: Path) -> str:
     recipe = folder / output_files.RECIPE
     if not recipe.is_file():
         raise RecipeError(f"{folder}: no {output_files.RECIPE} says what it was made from", "name it with --baseline")
-    return str(read_json(recipe).get("model"))
+    saved = read_json(recipe)
+    model, revision = str(saved.get("model")), saved.get("source_revision")
+    return f"{model.partition('@')[0]}@{revision}" if revision else model

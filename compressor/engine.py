@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compressor.calibration import kv_cache
 from compressor.calibration.capture import Capture
 from compressor.calibration.stats import SecondMoment, lane_of
 from compressor.calibration.store import Boundary, HiddenStore
@@ -29,7 +30,7 @@ from compressor.checkpoint.source import DTYPES, Source
 from compressor.decision import Decision, Kept, Quantized
 from compressor.errors import NumericalError, UnsupportedError
 from compressor.formats import get_format
-from compressor.formats.base import Slot
+from compressor.formats.base import QuantFormat, Slot
 from compressor.methods.base import Layer, Method, Scope, Stream, relative_error
 from compressor.plan import OUTSIDE, LayerPlan, Plan
 from compressor.report import Progress, Row
@@ -78,14 +79,16 @@ class Engine:
     ) -> None:
         self.plan, self.source, self.skeleton, self.blocks = plan, source, skeleton, blocks
         self.method, self.tokens, self.seed, self.progress = method, tokens, seed, progress
-        self.fmt = get_format(plan.format, plan.group_size, DTYPES[plan.default_dtype])
-        self.specs = method.stats(self.fmt)
+        dtype = DTYPES[plan.default_dtype]
+        self._formats = {key: get_format(key[0], key[1], dtype) for key in plan.formats}
+        self.specs = tuple(dict.fromkeys(spec for fmt in self._formats.values() for spec in method.stats(fmt)))
         self.device = skeleton.device
         self.work = out / WORK
         self.sink = Sink(out, self._slots())
         self.journal = Journal(self.work / "journal.jsonl")
+        fp_anyway = (Stream.FP,) if any(site.format for site in plan.sites) else ()
         streams = {
-            Stream.NONE: (),
+            Stream.NONE: fp_anyway,
             Stream.FP: (Stream.FP,),
             Stream.COMPRESSED: (Stream.COMPRESSED,),
             Stream.BOTH: (Stream.FP, Stream.COMPRESSED),
@@ -127,17 +130,29 @@ class Engine:
         with self._outside_resident(), torch.no_grad():
             return self.blocks.tail(hidden, self.probe_inputs()).float()
 
+    def format_of(self, layer: LayerPlan) -> QuantFormat:
+        """Return the format of a compressed layer."""
+        assert layer.format is not None, layer.ref.name
+        return self._formats[layer.format, layer.group_size]
+
     def _slots(self) -> dict[str, Slot]:
         """Name, dtype and shape of every tensor of the result, in plan order."""
         slots: dict[str, Slot] = {}
         for layer in self.plan.layers:
             if layer.format:
                 assert layer.ref.matrix is not None
-                for suffix, slot in self.fmt.layout(layer.ref.matrix).items():
+                for suffix, slot in self.format_of(layer).layout(layer.ref.matrix).items():
                     slots[f"{layer.ref.module}.{suffix}"] = slot
             else:
                 slots[layer.ref.name] = Slot(DTYPES[layer.ref.dtype], layer.ref.shape)
+        for block in range(len(self.plan.blocks)):
+            for name in self._cache_scales(block):
+                slots[name] = Slot(DTYPES[self.plan.default_dtype], (1,))
         return slots
+
+    def _cache_scales(self, block: int) -> list[str]:
+        """Return the names of the key/value cache scales of a block."""
+        return [f"{module}.{suffix}" for module in self.plan.cached(block) for suffix in kv_cache.SCALES]
 
     def _finished(self) -> list[Unit]:
         """Read the journal and check that what it says is still true; otherwise start again, and say so."""
@@ -167,10 +182,10 @@ class Engine:
         names = []
         for layer in self.plan.in_block(block):
             if layer.format and layer.ref.matrix:
-                names += [f"{layer.ref.module}.{suffix}" for suffix in self.fmt.layout(layer.ref.matrix)]
+                names += [f"{layer.ref.module}.{suffix}" for suffix in self.format_of(layer).layout(layer.ref.matrix)]
             else:
                 names.append(layer.ref.name)
-        return names
+        return names + (self._cache_scales(block) if block != OUTSIDE else [])
 
     def _commit(self, unit: Unit, done: list[Unit], started: float) -> None:
         self.journal.append(_unit_to_json(unit))
@@ -221,10 +236,13 @@ class Engine:
         self.skeleton.load(tensors)
         streams: dict[str, Boundary] = {}
         capture = self._capture(layers)
-        if self.method.stream is not Stream.NONE:
+        ranges = {name: kv_cache.KVRange(self.skeleton.model.get_submodule(name)) for name in self.plan.cached(index)}
+        if self.stores:
             wanted = Stream.FP if Stream.FP.value in self.stores else Stream.COMPRESSED
             streams = self._run_samples(index, wanted.value, before, recordings["calibration"], capture)
         rows, events, packed = self._solve(layers, capture, tensors)
+        for name, seen in ranges.items():
+            packed.update(self._quantize_cache(name, seen))
         if Stream.COMPRESSED.value in self.stores:
             name = Stream.COMPRESSED.value
             streams[name] = self._run_samples(index, name, before, recordings["calibration"], None)[name]
@@ -242,6 +260,15 @@ class Engine:
         del tensors, packed, capture
         gc.collect()
         return Unit(self.plan.blocks[index], unit_hash, rows, events, saved, streams)
+
+    def _quantize_cache(self, name: str, seen: kv_cache.KVRange) -> dict[str, Tensor]:
+        """Fix the cache scales of an attention module and let it compute with them from now on."""
+        scales = seen.scales(name, DTYPES[self.plan.default_dtype])
+        module = self.skeleton.model.get_submodule(name)
+        for suffix, scale in scales.items():
+            module.register_buffer(suffix, scale, persistent=False)
+        kv_cache.simulate(module)
+        return {f"{name}.{suffix}": scale.cpu() for suffix, scale in scales.items()}
 
     def _save_probe(self, boundary: int, hidden: Tensor) -> Boundary:
         with self.probe_store.writer(boundary) as writer:
@@ -293,9 +320,10 @@ class Engine:
             if layer.format:
                 groups.setdefault(layer.ref.fused_with, []).append(layer)
         for members in groups.values():
-            tasks = self._tasks(members, capture)
+            fmt = self.format_of(members[0])
+            tasks = self._tasks(members, fmt, capture)
             decisions: dict[str, Decision] = {}
-            for outcome in self._call(tasks):
+            for outcome in self._call(tasks, fmt):
                 decisions.update(outcome.decisions)
                 events += outcome.events
             for plan, task in zip(members, tasks, strict=True):
@@ -304,21 +332,21 @@ class Engine:
                 packed.update(written)
         return rows, events, packed
 
-    def _tasks(self, members: list[LayerPlan], capture: Capture | None) -> list[Layer]:
+    def _tasks(self, members: list[LayerPlan], fmt: QuantFormat, capture: Capture | None) -> list[Layer]:
         weights = [self.skeleton.part(m.ref.param, m.ref.where).detach().clone() for m in members]
-        shared = self.fmt.fit_global(weights) if self.fmt.has_global_scale else None
+        shared = fmt.fit_global(weights) if fmt.has_global_scale else None
         return [
             Layer(m.ref, weight, shared, capture.sums[m.ref.fed_by] if capture else {})
             for m, weight in zip(members, weights, strict=True)
         ]
 
-    def _call(self, tasks: list[Layer]) -> list[Any]:
+    def _call(self, tasks: list[Layer], fmt: QuantFormat) -> list[Any]:
         """Hand the layers to the method at the scope it asked for."""
         method: Any = self.method
         if method.scope is Scope.LAYER:
-            return [method.solve(task, self.fmt, self._generator(task.ref.name)) for task in tasks]
+            return [method.solve(task, fmt, self._generator(task.ref.name)) for task in tasks]
         if method.scope is Scope.GROUP:
-            return [method.solve_group(tasks, self.fmt, self._generator(tasks[0].ref.fused_with))]
+            return [method.solve_group(tasks, fmt, self._generator(tasks[0].ref.fused_with))]
         raise UnsupportedError(f"method {method.name} has scope {method.scope.value}, which this engine cannot run yet")
 
     def _generator(self, name: str) -> torch.Generator:
@@ -332,14 +360,15 @@ class Engine:
         if isinstance(decision, Kept):
             raise UnsupportedError(f"{ref.name}: method {self.method.name} kept it ({decision.reason}) after planning")
         assert isinstance(decision, Quantized)
-        decoded = self.fmt.decode(decision.codes, decision.qparams)
+        fmt = self.format_of(plan)
+        decoded = fmt.decode(decision.codes, decision.qparams)
         if not torch.isfinite(decoded).all():
             raise NumericalError(f"{ref.name}: its compressed values are not finite", "try another format")
         full = SecondMoment()
         has_data = full in task.stats and task.n_tokens > 0
         row = Row(
             name=ref.name,
-            action=self.fmt.name,
+            action=fmt.name,
             reason=None,
             bytes_before=plan.bytes_before,
             bytes_after=plan.bytes_after,
@@ -348,7 +377,7 @@ class Engine:
             tokens=task.n_tokens,
         )
         self.skeleton.part(ref.param, ref.where).copy_(decoded)
-        packed = self.fmt.pack(decision.codes, decision.qparams)
+        packed = fmt.pack(decision.codes, decision.qparams)
         return row, {f"{ref.module}.{suffix}": tensor for suffix, tensor in packed.tensors.items()}
 
     def _outside(self, before: Unit) -> Unit:
@@ -367,7 +396,8 @@ class _Outside:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.layers = engine.plan.in_block(OUTSIDE)
+        # Text passes by the towers of a multimodal model: their weights are copied, never run.
+        self.layers = [layer for layer in engine.plan.in_block(OUTSIDE) if layer.ref.part is None]
 
     def __enter__(self) -> None:
         self.engine.skeleton.load(self.engine.source.read(layer.ref.name for layer in self.layers))

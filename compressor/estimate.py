@@ -6,6 +6,9 @@ import time
 
 import torch
 
+from compressor.checkpoint.source import DTYPES
+from compressor.formats import get_format
+from compressor.formats.base import SearchableFormat
 from compressor.methods.base import Method, Stream
 from compressor.plan import Plan
 from compressor.recipe import CalibrationSpec
@@ -42,8 +45,13 @@ def estimate_seconds(plan: Plan, method: Method, spec: CalibrationSpec, device: 
         assert layer.ref.matrix is not None
         rows, columns = layer.ref.matrix
         operations += 2.0 * passes * tokens * rows * columns
-        # A search tries a dozen candidates per weight a few times; each costs dozens of element operations.
-        operations += 12 * 5 * 40.0 * rows * columns + 6.0 * rows * columns * columns
+        fmt = get_format(layer.format or "", layer.group_size, DTYPES[plan.default_dtype])
+        if isinstance(fmt, SearchableFormat) and fmt.group_size is None:
+            # One scale spans a row, so each of the hundred candidates is judged by the whole second moment.
+            operations += 2 * 170.0 * rows * columns * columns
+        else:
+            # A search tries a dozen candidates per weight a few times; each costs dozens of element operations.
+            operations += 12 * 5 * 40.0 * rows * columns + 6.0 * rows * columns * columns
         widths[layer.ref.fed_by] = columns
     operations += sum(2.0 * tokens * width * width for width in widths.values())
     return seconds + 5 + operations / matmul_rate(device)

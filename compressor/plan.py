@@ -62,6 +62,7 @@ class WeightRef:
         block: Index in the block sequence, or `OUTSIDE`.
         fed_by: Weights with the same id read the same input tensor: they share statistics.
         fused_with: Weights with the same id are fused by runtimes: they share scheme and global scale.
+        part: The part of a multimodal model, beside its language model, that it belongs to; else None.
     """
 
     name: str
@@ -74,6 +75,7 @@ class WeightRef:
     block: int
     fed_by: str
     fused_with: str
+    part: str | None = None
 
     @property
     def module(self) -> str:
@@ -102,13 +104,18 @@ class ActivationSite:
         module: e.g. `model.layers.3.self_attn`.
         operand: Which product inside that module.
         block: Index in the block sequence.
-        kept_because: Why it stays in floating point; never None until a method quantizes it.
+        format: Format it is rounded to at run time, or None.
+        kept_because: Why it stays in floating point; None exactly when `format` is set.
     """
 
     module: str
     operand: Operand
     block: int
+    format: str | None
     kept_because: str | None
+
+    def __post_init__(self) -> None:
+        assert (self.format is None) != (self.kept_because is None), self.module
 
 
 @dataclass(frozen=True)
@@ -118,6 +125,7 @@ class LayerPlan:
     Attributes:
         ref: The tensor.
         format: Format name, or None when the tensor is copied.
+        group_size: Inputs per scale; None for one scale per row, or when the tensor is copied.
         bytes_before: Bytes on disk in the source.
         bytes_after: Bytes on disk in the result, scales included.
         kept_because: Why nothing happens to it; None exactly when `format` is set.
@@ -125,6 +133,7 @@ class LayerPlan:
 
     ref: WeightRef
     format: str | None
+    group_size: int | None
     bytes_before: int
     bytes_after: int
     kept_because: str | None
@@ -143,8 +152,7 @@ class Plan:
         sites: Attention operands and why they stay in floating point.
         blocks: Module names of the streamed blocks, in order.
         method: Method name.
-        format: Format name of this plan's quantized layers.
-        group_size: Inputs per scale; None for one scale per row.
+        format: Format of the layers no override names.
         default_dtype: Dtype floating scales are stored in, in safetensors spelling.
         peak_bytes: Estimated peak of resident weights, statistics and activations while running.
         notes: Things the planner decided that a user may want to know.
@@ -157,7 +165,6 @@ class Plan:
     blocks: tuple[str, ...]
     method: str
     format: str
-    group_size: int | None
     default_dtype: str
     peak_bytes: int
     notes: tuple[str, ...] = ()
@@ -183,6 +190,15 @@ class Plan:
         """Stored bits per compressed weight, scales included; 0 if nothing is compressed."""
         weights = sum(layer.ref.numel for layer in self.compressed)
         return 8 * sum(layer.bytes_after for layer in self.compressed) / weights if weights else 0.0
+
+    def cached(self, block: int) -> tuple[str, ...]:
+        """Return the attention modules of a block whose key/value cache is quantized."""
+        return tuple(site.module for site in self.sites if site.block == block and site.format)
+
+    @property
+    def formats(self) -> tuple[tuple[str, int | None], ...]:
+        """Name and group size of every format in use, in order of first use."""
+        return tuple(dict.fromkeys((layer.format, layer.group_size) for layer in self.layers if layer.format))
 
     def in_block(self, block: int) -> tuple[LayerPlan, ...]:
         """Return the layers of one block (or of `OUTSIDE`), in writing order."""

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from compressor.checkpoint.blocks import BlockSequence, Trace
 from compressor.checkpoint.skeleton import Skeleton, Target
@@ -22,7 +23,7 @@ from compressor.formats.base import QuantFormat
 from compressor.methods import get_method
 from compressor.methods.base import Method
 from compressor.plan import OUTSIDE, ActivationSite, Kind, LayerPlan, Operand, Plan, WeightRef
-from compressor.recipe import Recipe
+from compressor.recipe import Override, Recipe
 
 FUSED_SETS = (
     ("q_proj", "k_proj", "v_proj"),
@@ -55,25 +56,25 @@ def make_plan(recipe: Recipe, source: Source, skeleton: Skeleton, blocks: BlockS
     method = get_method(recipe.method, recipe.options)
     trace = blocks.trace()
     format_name = recipe.format or default_format(recipe, bool(trace.experts))
-    group_size = parse_group_size(format_name, recipe.group_size)
-    fmt = get_format(format_name, group_size, DTYPES[source.dtype])
+    fmt = get_format(format_name, parse_group_size(format_name, recipe.group_size), DTYPES[source.dtype])
     targets = skeleton.targets({name: info.shape for name, info in source.tensors.items()})
     refs = [make_ref(info, targets[name], skeleton, blocks, trace) for name, info in source.tensors.items()]
     refs.sort(key=lambda ref: (ref.block if ref.block != OUTSIDE else len(blocks.names), natural_key(ref.name)))
-    skipped = match_patterns(recipe.skip, refs)
-    layers = [plan_layer(ref, source, method, fmt, skipped.get(ref.name), recipe) for ref in refs]
+    overrides = match_overrides(recipe.overrides, refs)
+    layers = [plan_layer(ref, source, method, fmt, overrides.get(ref.name), recipe) for ref in refs]
     check_fused(layers)
     check_experts(layers)
     if not any(layer.format for layer in layers):
         raise nothing_to_compress(layers)
+    if recipe.kv_cache:
+        check_kv_cache(skeleton.model, layers, recipe.kv_cache)
     return Plan(
         architecture=type(skeleton.model).__name__,
         layers=tuple(layers),
-        sites=tuple(activation_sites(skeleton.model, blocks)),
+        sites=tuple(activation_sites(skeleton.model, blocks, recipe.kv_cache)),
         blocks=blocks.names,
         method=recipe.method,
         format=format_name,
-        group_size=group_size,
         default_dtype=source.dtype,
         peak_bytes=estimate_peak(layers, method, fmt, len(blocks.names)),
         notes=reader_notes(layers),
@@ -106,6 +107,7 @@ def make_ref(info: TensorInfo, target: Target, skeleton: Skeleton, blocks: Block
         block=OUTSIDE if block is None else block,
         fed_by=fed_by,
         fused_with=fused_id(info.name),
+        part=None if target.param is None else blocks.beside(param),
     )
 
 
@@ -141,21 +143,32 @@ def fused_id(name: str) -> str:
 
 
 def plan_layer(
-    ref: WeightRef, source: Source, method: Method, fmt: QuantFormat, skipped: str | None, recipe: Recipe
+    ref: WeightRef, source: Source, method: Method, default: QuantFormat, override: Override | None, recipe: Recipe
 ) -> LayerPlan:
     """Give one tensor a format or a reason."""
     before = source.tensors[ref.name].nbytes
-    reason = skipped or reason_to_keep(ref)
+    reason = override.keep if override and override.keep else reason_to_keep(ref)
     if reason is not None:
-        return LayerPlan(ref, None, before, before, reason)
+        if override and override.format:
+            raise RecipeError(
+                f"--set {override.match}={override.format} matches {ref.name}, which stays dense: {reason}",
+                "make the pattern match layers of the blocks only",
+            )
+        return LayerPlan(ref, None, None, before, before, reason)
     assert ref.matrix is not None
-    check_possible(ref, method, fmt, recipe)
+    fmt, by_flag = default, recipe.group_size is not None
+    if override and override.format:
+        by_flag = override.group_size is not None
+        fmt = get_format(override.format, parse_group_size(override.format, override.group_size), DTYPES[source.dtype])
+    check_possible(ref, method, fmt, by_flag)
     after = sum(slot.nbytes for slot in fmt.layout(ref.matrix).values())
-    return LayerPlan(ref, fmt.name, before, after, None)
+    return LayerPlan(ref, fmt.name, fmt.group_size, before, after, None)
 
 
 def reason_to_keep(ref: WeightRef) -> str | None:
     """Return why a tensor of this kind and place stays dense whatever the method, or None."""
+    if ref.part is not None:
+        return f"{ref.part}: only the language model of a multimodal model is compressed"
     if ref.kind is Kind.EMBEDDING:
         return "embedding: a table look-up, no matmul; often tied to the output head"
     if ref.kind is Kind.ROUTER:
@@ -171,7 +184,7 @@ def reason_to_keep(ref: WeightRef) -> str | None:
     return None
 
 
-def check_possible(ref: WeightRef, method: Method, fmt: QuantFormat, recipe: Recipe) -> None:
+def check_possible(ref: WeightRef, method: Method, fmt: QuantFormat, group_size_by_flag: bool) -> None:
     """Raise if the method or the format refuses this weight: nothing is left out without the user saying so.
 
     Raises:
@@ -189,32 +202,35 @@ def check_possible(ref: WeightRef, method: Method, fmt: QuantFormat, recipe: Rec
     ways = [f'--skip "*.{ref.module.rpartition(".")[2]}"']
     if fmt.name.startswith("int"):
         ways.insert(0, f"--group-size {' or '.join([*fits[:2], 'channel'])}")
-    error = RecipeError if recipe.group_size is not None else UnsupportedError
+    error = RecipeError if group_size_by_flag else UnsupportedError
     raise error(f"{ref.module}: {refusal}", f"use {', or '.join(ways)}")
 
 
-def match_patterns(patterns: Iterable[str], refs: list[WeightRef]) -> dict[str, str]:
-    """Return name -> reason for every tensor matched by a `--skip` pattern.
+def match_overrides(overrides: Iterable[Override], refs: list[WeightRef]) -> dict[str, Override]:
+    """Return the last override that matches, by tensor name; a glob may match the tensor's or the module's name.
 
     Raises:
         RecipeError: A pattern matches nothing.
     """
-    reasons: dict[str, str] = {}
-    for pattern in patterns:
+    chosen: dict[str, Override] = {}
+    for override in overrides:
         hits = [
-            ref for ref in refs if fnmatch.fnmatchcase(ref.name, pattern) or fnmatch.fnmatchcase(ref.module, pattern)
+            ref for ref in refs if any(fnmatch.fnmatchcase(name, override.match) for name in (ref.name, ref.module))
         ]
+        if override.format:  # a pattern like *.mlp.* means the weights in it, not their biases and norms
+            hits = [ref for ref in hits if reason_to_keep(ref) is None] or hits
         if not hits:
             names = sorted({ref.module.rpartition(".")[2] for ref in refs if ref.kind in (Kind.LINEAR, Kind.EXPERT)})
+            flag = "--set" if override.format else "--skip"
             raise RecipeError(
-                f"--skip {pattern!r} matches no tensor", f"names end in: {', '.join(names)}; try '*.{names[0]}'"
+                f"{flag} {override.match!r} matches no tensor", f"names end in: {', '.join(names)}; try '*.{names[0]}'"
             )
-        reasons.update({ref.name: f"left out by --skip {pattern}" for ref in hits})
-    return reasons
+        chosen.update({ref.name: override for ref in hits})
+    return chosen
 
 
 def check_fused(layers: list[LayerPlan]) -> None:
-    """Refuse a plan in which only a part of a fused set is compressed: runtimes need one scheme for all of it.
+    """Refuse a plan whose fused sets mix schemes: runtimes need one for all of a set.
 
     Raises:
         RecipeError: Names the two layers that disagree.
@@ -224,33 +240,43 @@ def check_fused(layers: list[LayerPlan]) -> None:
         if layer.ref.matrix is None or layer.ref.block == OUTSIDE:
             continue
         other = first.setdefault(layer.ref.fused_with, layer)
-        if other.format != layer.format:
-            dense, packed = (layer, other) if other.format else (other, layer)
-            last = dense.ref.fused_with.rpartition(".")[2].split("+")
+        if scheme_of(other) != scheme_of(layer):
+            last = layer.ref.fused_with.rpartition(".")[2].split("+")
             raise RecipeError(
-                f"{dense.ref.module} stays dense but {packed.ref.module}, which runtimes fuse with it, does not",
-                "leave out all of them: " + " ".join(f'--skip "*.{name}"' for name in last),
+                f"{other.ref.module} is {scheme_of(other)} but {layer.ref.module} is {scheme_of(layer)}, and runtimes "
+                "fuse them",
+                "treat all of them alike: " + " ".join(f'"*.{name}"' for name in last),
             )
 
 
 def check_experts(layers: list[LayerPlan]) -> None:
-    """Refuse a plan that compresses some weights of an expert stack and leaves others: no reader accepts a mixture.
+    """Refuse a plan whose experts mix schemes: readers choose one for all experts of a model.
 
     Raises:
         RecipeError: Names the two weights that disagree.
     """
-    first: dict[str, LayerPlan] = {}
+    first: LayerPlan | None = None
     for layer in layers:
         if layer.ref.kind is not Kind.EXPERT or layer.ref.matrix is None:
             continue
-        stack = layer.ref.fed_by.partition("#")[0]
-        other = first.setdefault(stack, layer)
-        if other.format != layer.format:
-            dense, packed = (layer, other) if other.format else (other, layer)
+        first = first or layer
+        if scheme_of(first) != scheme_of(layer):
             raise RecipeError(
-                f"{dense.ref.module} stays dense but {packed.ref.module}, of the same expert stack, does not",
-                f'leave out all of it: --skip "{dense.ref.name.partition("experts.")[0]}experts.*"',
+                f"{first.ref.module} is {scheme_of(first)} but {layer.ref.module} is {scheme_of(layer)}: readers need "
+                "one scheme for all experts",
+                'treat all experts alike: "*.experts.*"',
             )
+
+
+def scheme_of(layer: LayerPlan) -> str:
+    """Return what a layer becomes, as people write it: `int4 in groups of 64`, `nvfp4`, `dense`."""
+    if layer.format is None:
+        return "dense"
+    if not layer.format.startswith("int"):
+        return layer.format
+    return (
+        f"{layer.format} per channel" if layer.group_size is None else f"{layer.format} in groups of {layer.group_size}"
+    )
 
 
 def nothing_to_compress(layers: list[LayerPlan]) -> UnsupportedError:
@@ -267,16 +293,35 @@ def nothing_to_compress(layers: list[LayerPlan]) -> UnsupportedError:
 
 
 def reader_notes(layers: list[LayerPlan]) -> tuple[str, ...]:
-    """Return what users of other readers must know about this plan."""
-    if any(layer.format == "nvfp4" and layer.ref.kind is Kind.EXPERT for layer in layers):
+    """Return what users of stock transformers must know; `tests/e2e/test_load_matrix.py` is the proof."""
+    experts = {layer.format for layer in layers if layer.ref.kind is Kind.EXPERT}
+    ours = "load this checkpoint with compressor.load, or use --format mxfp4"
+    if "nvfp4" in experts:
         return (
-            "stock transformers drops the global scale of NVFP4 experts without a word and computes wrong results: "
-            "load this checkpoint with compressor.load, or use --format mxfp4",
+            f"stock transformers drops the global scale of NVFP4 experts without a word and computes wrong: {ours}",
         )
+    if experts & {"fp8-block", "mxfp8"}:
+        return (f"stock transformers raises on {' and '.join(sorted(map(str, experts)))} experts: {ours}",)
+    if None in experts and any(layer.format for layer in layers):
+        return ("stock transformers raises on dense experts beside packed layers: load it with compressor.load",)
     return ()
 
 
-def activation_sites(model: nn.Module, blocks: BlockSequence) -> Iterable[ActivationSite]:
+def check_kv_cache(model: PreTrainedModel, layers: list[LayerPlan], name: str) -> None:
+    """Refuse a quantized key/value cache where there is no cache, or no place to say so.
+
+    Raises:
+        RecipeError: The result would be a native checkpoint.
+        UnsupportedError: The model keeps no cache.
+    """
+    if not model.can_generate():
+        raise UnsupportedError(f"--kv-cache {name}: {type(model).__name__} keeps no cache", "leave --kv-cache out")
+    native = next((layer.format for layer in layers if layer.format == "fp4"), None)
+    if native:
+        raise RecipeError(f"--kv-cache {name}: checkpoints with format {native} cannot say so", "use another format")
+
+
+def activation_sites(model: nn.Module, blocks: BlockSequence, kv_cache: str | None) -> Iterable[ActivationSite]:
     """Yield the operands of every innermost attention module."""
     attention = [name for name, module in model.named_modules() if type(module).__name__.endswith("Attention")]
     for name in attention:
@@ -284,7 +329,8 @@ def activation_sites(model: nn.Module, blocks: BlockSequence) -> Iterable[Activa
         if block is None or any(other.startswith(f"{name}.") for other in attention):
             continue
         for operand in Operand:
-            yield ActivationSite(name, operand, block, NO_ACTIVATION_METHOD)
+            format_name = kv_cache if operand is Operand.KV_CACHE else None
+            yield ActivationSite(name, operand, block, format_name, None if format_name else NO_ACTIVATION_METHOD)
 
 
 def estimate_peak(layers: list[LayerPlan], method: Method, fmt: QuantFormat, n_blocks: int) -> int:
@@ -292,7 +338,8 @@ def estimate_peak(layers: list[LayerPlan], method: Method, fmt: QuantFormat, n_b
 
     Leaves out the interpreter and its libraries (about 0.5 GB).
     """
-    outside = sum(4 * layer.ref.numel + layer.bytes_before for layer in layers if layer.ref.block == OUTSIDE)
+    resident = [layer.ref for layer in layers if layer.ref.block == OUTSIDE and layer.ref.part is None]
+    outside = sum((4 + DTYPES[ref.dtype].itemsize) * ref.numel for ref in resident)
     largest = 0
     for index in range(n_blocks):
         block = [layer for layer in layers if layer.ref.block == index]

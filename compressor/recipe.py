@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class CalibrationSpec(BaseModel):
@@ -23,6 +23,23 @@ class CalibrationSpec(BaseModel):
     split: str = Field(default="train", min_length=1, description="split of a Hub dataset")
 
 
+class Override(BaseModel):
+    """What happens to tensors whose name matches a glob: another format, or nothing. The last match wins."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    match: str = Field(min_length=1, description="glob over tensor or module names")
+    format: str | None = Field(default=None, description="format of these tensors")
+    group_size: str | None = Field(default=None, description="inputs per scale, or 'channel'")
+    keep: str | None = Field(default=None, description="why these tensors stay dense")
+
+    @model_validator(mode="after")
+    def _one_action(self) -> Override:
+        if (self.format is None) == (self.keep is None):
+            raise ValueError("an override needs either a format or a reason to keep")
+        return self
+
+
 class Recipe(BaseModel):
     """One compression: model, method, format, data.
 
@@ -33,11 +50,13 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     version: int = Field(1, ge=1, le=1, description="version of this schema")
-    model: str = Field(min_length=1, description="embedded model name, checkpoint folder, or Hub id[@revision]")
+    model: str = Field(min_length=1, description="embedded model name, folder, GGUF file, or Hub id[@revision]")
     method: str = Field(description="see: compress list methods")
     options: dict[str, Any] = Field(default_factory=dict, description="options of the method")
     format: str | None = Field(None, description="see: compress list formats; None picks the method's default")
     group_size: str | None = Field(None, description="inputs per scale, or 'channel'; None picks the format's default")
-    skip: tuple[str, ...] = Field((), description="globs of tensors that stay dense")
+    overrides: tuple[Override, ...] = Field(default=(), description="exceptions by name; the last match wins")
+    kv_cache: Literal["fp8"] | None = Field(default=None, description="format of the key/value cache at run time")
     calibration: CalibrationSpec = Field(default_factory=CalibrationSpec)
     seed: int = Field(0, ge=0, le=2**63 - 1, description="seed of everything random")
+    trust_remote_code: bool = Field(False, description="run model code that comes with the checkpoint")

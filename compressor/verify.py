@@ -31,6 +31,8 @@ from compressor.runtime import KeyMismatch, load
 TOLERANCE = 1e-4
 """Allowed relative error in float32: far above differences in summation order, far below any wrong weight."""
 
+_TRUST = "--trust-remote-code"
+
 
 @dataclass(frozen=True)
 class VerificationResult:
@@ -80,7 +82,9 @@ class VerificationResult:
         return cls(**values)
 
 
-def verify(folder: str | Path, probe: str | Path, *, timeout: float | None = None) -> VerificationResult:
+def verify(
+    folder: str | Path, probe: str | Path, *, timeout: float | None = None, trust_remote_code: bool = False
+) -> VerificationResult:
     """Verify a checkpoint in a fresh process.
 
     Args:
@@ -88,6 +92,7 @@ def verify(folder: str | Path, probe: str | Path, *, timeout: float | None = Non
         probe: A safetensors file with `inputs` (int64 token ids `[1, n]`, or float32 pixel values) and `logits`
             (the float32 logits or last hidden state they must give).
         timeout: Seconds to wait; None waits as long as it takes.
+        trust_remote_code: Run model code that comes with the checkpoint.
 
     Raises:
         VerificationError: The process crashed, or did not answer in time.
@@ -95,6 +100,8 @@ def verify(folder: str | Path, probe: str | Path, *, timeout: float | None = Non
     # Not from the working directory: a file there must not stand in for a library.
     environment = {**os.environ, "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "compressor.verify", str(folder), str(probe)]
+    if trust_remote_code:
+        command.append(_TRUST)
     try:
         child = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout, check=False)
     except subprocess.TimeoutExpired:
@@ -109,7 +116,7 @@ def verify(folder: str | Path, probe: str | Path, *, timeout: float | None = Non
     return result
 
 
-def check(folder: Path, probe: Path) -> VerificationResult:
+def check(folder: Path, probe: Path, *, trust_remote_code: bool = False) -> VerificationResult:
     """Verify a checkpoint in this process; what the fresh process does.
 
     Raises:
@@ -122,7 +129,7 @@ def check(folder: Path, probe: Path) -> VerificationResult:
     error: str | None = None
     max_error = relative_error = math.inf
     try:
-        max_error, relative_error = _compare(_run(load(folder), inputs), expected)
+        max_error, relative_error = _compare(_run(load(folder, trust_remote_code=trust_remote_code), inputs), expected)
     except KeyMismatch as problem:
         missing, unexpected, error = problem.missing, problem.unexpected, problem.message
     except CompressorError as problem:
@@ -134,13 +141,14 @@ def check(folder: Path, probe: Path) -> VerificationResult:
 
 def main(arguments: list[str]) -> int:
     """Run the check, print its result as one JSON object on stdout, and return the exit code."""
-    if len(arguments) != 2:
-        print("usage: python -m compressor.verify DIR PROBE.safetensors", file=sys.stderr)
+    trusted = arguments[2:] == [_TRUST]
+    if len(arguments) != 2 and not trusted:
+        print(f"usage: python -m compressor.verify DIR PROBE.safetensors [{_TRUST}]", file=sys.stderr)
         return 2
     # Whatever libraries print belongs to stderr: stdout carries the result alone.
     with contextlib.redirect_stdout(sys.stderr):
         try:
-            result = check(Path(arguments[0]), Path(arguments[1]))
+            result = check(Path(arguments[0]), Path(arguments[1]), trust_remote_code=trusted)
         except CompressorError as error:
             print(f"{error.message}; {error.hint}", file=sys.stderr)
             return error.exit_code

@@ -62,21 +62,28 @@ class BlockSequence:
     Attributes:
         model: The model the blocks belong to.
         names: Module names of the blocks, in order; `(WHOLE,)` when the model is one unit.
+        language: Module name of the language model inside a multimodal one, which the blocks belong to; else None.
     """
 
     model: PreTrainedModel
     names: tuple[str, ...]
+    language: str | None = None
     _returns_tuple: dict[str, bool] = field(default_factory=dict)
 
     @classmethod
     def find(cls, model: PreTrainedModel) -> BlockSequence:
         """Find the stack of blocks: the outermost module list that holds most of the parameters.
 
+        Of a multimodal model only the language model is searched, however large its towers are.
+
         Raises:
-            UnsupportedError: Two lists of similar weight compete (several towers).
+            UnsupportedError: Two lists of similar weight compete, and no config says which is the language model.
         """
+        language = language_model(model)
         lists: list[tuple[int, str, nn.ModuleList]] = []
         for name, module in model.named_modules():
+            if language is not None and not name.startswith(f"{language}."):
+                continue
             inside = any(name.startswith(f"{outer}.") for _, outer, _ in lists)
             if isinstance(module, nn.ModuleList) and len(module) and not inside:
                 size = sum(param.numel() for param in module.parameters())
@@ -91,7 +98,7 @@ class BlockSequence:
                 "models with several towers are not supported yet",
             )
         _, name, module = lists[0]
-        return cls(model, tuple(f"{name}.{index}" for index in range(len(module))))
+        return cls(model, tuple(f"{name}.{index}" for index in range(len(module))), language)
 
     @classmethod
     def whole(cls, model: PreTrainedModel) -> BlockSequence:
@@ -108,6 +115,21 @@ class BlockSequence:
             if not name or param.startswith(f"{name}."):
                 return index
         return None
+
+    def beside(self, param: str) -> str | None:
+        """Return the part of a multimodal model, a tower or projector, that a parameter belongs to, or None.
+
+        Only parts beside the language model count; its head does not.
+        """
+        if self.language is None or param.startswith(f"{self.language}."):
+            return None
+        parent = self.language.rpartition(".")[0]
+        inside = param.removeprefix(f"{parent}.") if parent else param
+        if parent and inside == param:
+            return None
+        child = inside.partition(".")[0]
+        part = f"{parent}.{child}" if parent else child
+        return None if self.model.get_submodule(part) is self.model.get_output_embeddings() else part
 
     def trace(self) -> Trace:
         """Run the model once on the meta device; costs no memory and no arithmetic.
@@ -255,6 +277,25 @@ class BlockSequence:
 
 class _Stop(Exception):
     """Ends the prologue at the last block: nothing behind it has weights."""
+
+
+def language_model(model: nn.Module) -> str | None:
+    """Return the module name of the language model inside a multimodal model, or None for any other model.
+
+    The config says: where it has one part for text and others beside it, the module built from that part is meant.
+    Models that generate nothing, such as pairs of encoders, have no language model.
+    """
+    if not isinstance(model, PreTrainedModel) or not model.can_generate():
+        return None
+    text = model.config.get_text_config()
+    if text is model.config:
+        return None
+    names = [
+        name
+        for name, module in model.named_modules()
+        if name and isinstance(module, PreTrainedModel) and module.config is text
+    ]
+    return names[0] if names else None
 
 
 def is_expert_stack(module: nn.Module) -> bool:

@@ -1,12 +1,15 @@
-"""The files around the weights: `config.json` with its quantization section, tokenizer, recipe.
+"""The files around the weights: `config.json` with its quantization section, tokenizer, licence.
 
-The container is compressed-tensors, which stock transformers and vLLM read; what its config must say, and which keys
-make loading fail or silently go wrong, is what this file knows.
+Two containers. compressed-tensors is what stock transformers and vLLM read; which keys its config needs, and which make
+loading fail or silently go wrong, is what this file knows. Results it cannot express are native: their `model_type` is
+unknown to stock transformers, which then raises instead of loading random weights.
 """
 
 from __future__ import annotations
 
+import re
 import shutil
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,73 +17,113 @@ from typing import Any
 from torch import nn
 
 from compressor.checkpoint.source import INDEX, Source
-from compressor.errors import UnsupportedError, disk_error
+from compressor.errors import disk_error
 from compressor.formats.base import QuantFormat
-from compressor.plan import Kind, Plan
+from compressor.formats.native import MODEL_TYPE_PREFIX, QUANT_METHOD, native_entry
+from compressor.formats.schemes import KV_SCHEME
+from compressor.plan import Kind, LayerPlan, Plan
 
-WEIGHT_SUFFIXES = (
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".h5",
-    ".msgpack",
-    ".gguf",
-    ".onnx",
-    ".pb",
-    ".tflite",
+NOT_COPIED_SUFFIXES = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt"),
+    *(".h5", ".msgpack", ".gguf", ".onnx", ".pb", ".tflite"),
 )
 NOT_COPIED = ("config.json", INDEX, "README.md", ".gitattributes")
 MAX_SIDE_FILE_BYTES = 256 << 20
 
+FormatOf = Callable[[LayerPlan], QuantFormat]
 
-def quantization_config(plan: Plan, fmt: QuantFormat, model: nn.Module) -> dict[str, Any]:
-    """Return the `quantization_config` of a result with one format.
+
+def result_config(source: dict[str, Any], plan: Plan, format_of: FormatOf, model: nn.Module) -> dict[str, Any]:
+    """Return the `config.json` of a result.
 
     Args:
+        source: The original's config.
         plan: What was done.
-        fmt: The format of the compressed layers.
+        format_of: Gives the format of a compressed layer.
         model: The model (on meta): every linear layer it has must be either compressed or ignored by name.
-
-    Raises:
-        UnsupportedError: The container cannot express the format.
     """
-    scheme = fmt.scheme()
-    if scheme is None or fmt.container is None:
-        raise UnsupportedError(f"format {fmt.name} has no place in a compressed-tensors checkpoint")
+    config = dict(source)
+    if is_native(plan, format_of):
+        config["base_model_type"] = source.get("model_type")
+        config["model_type"] = MODEL_TYPE_PREFIX + str(source.get("model_type"))
+        config["quantization_config"] = native_config(plan, format_of)
+    else:
+        config["quantization_config"] = compressed_tensors_config(plan, format_of, model)
+    return config
+
+
+def is_native(plan: Plan, format_of: FormatOf) -> bool:
+    """Return whether some format of the plan has no place in a compressed-tensors checkpoint."""
+    return any(format_of(layer).container is None for layer in plan.compressed)
+
+
+def native_config(plan: Plan, format_of: FormatOf) -> dict[str, Any]:
+    """Return the `quantization_config` of a native result: every packed module by name, with its format."""
+    formats = {layer.ref.module: format_of(layer) for layer in plan.compressed}
+    entries = list(dict.fromkeys(formats.values()))
+    return {
+        "quant_method": QUANT_METHOD,
+        "version": 1,
+        "formats": [native_entry(fmt) for fmt in entries],
+        "modules": {module: entries.index(fmt) for module, fmt in sorted(formats.items())},
+    }
+
+
+def compressed_tensors_config(plan: Plan, format_of: FormatOf, model: nn.Module) -> dict[str, Any]:
+    """Return the `quantization_config` of a result that compressed-tensors can express.
+
+    One format: a single group that targets every linear layer, and an ignore list. Several: one group each, whose
+    targets are exact names; experts go by a pattern, as readers look for the word in one.
+    """
+    by_scheme: dict[QuantFormat, list[LayerPlan]] = {}
+    for layer in plan.compressed:
+        by_scheme.setdefault(format_of(layer), []).append(layer)
+    # Readers give dense experts the scheme of a group that targets every Linear, whatever the ignore list says.
+    by_name = len(by_scheme) > 1 or any(p.ref.kind is Kind.EXPERT and not p.format for p in plan.layers)
+    groups = {}
+    for index, (fmt, layers) in enumerate(by_scheme.items()):
+        groups[f"group_{index}"] = {
+            "targets": target_names(layers) if by_name else ["Linear"],
+            "format": fmt.container,
+            "weights": fmt.scheme(),
+            "input_activations": None,
+            "output_activations": None,
+        }
+    containers = {str(fmt.container) for fmt in by_scheme}
     compressed = {layer.ref.module for layer in plan.compressed}
     in_memory = {layer.ref.param.removesuffix(".weight") for layer in plan.compressed}
     linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)} - in_memory
-    kept = {
-        layer.ref.module for layer in plan.layers if not layer.format and layer.ref.kind in (Kind.LINEAR, Kind.ROUTER)
-    }
+    dense = [layer.ref for layer in plan.layers if not layer.format]
+    kept = {ref.module for ref in dense if ref.kind in (Kind.LINEAR, Kind.EXPERT, Kind.ROUTER)}
     return {
         "quant_method": "compressed-tensors",
         "version": version("compressed-tensors"),
-        "format": fmt.container,
+        "format": containers.pop() if len(containers) == 1 else "mixed-precision",
         "quantization_status": "compressed",
-        "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                "format": fmt.container,
-                "weights": scheme,
-                "input_activations": None,
-                "output_activations": None,
-            }
-        },
+        "config_groups": groups,
         "ignore": sorted((linears | kept) - compressed),
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": dict(KV_SCHEME) if any(site.format for site in plan.sites) else None,
         "global_compression_ratio": None,
         "sparsity_config": {},
         "transform_config": {},
     }
 
 
-def copy_side_files(source: Source, out: Path) -> list[str]:
+def target_names(layers: list[LayerPlan]) -> list[str]:
+    """Return targets for exactly these layers: names, and one pattern per expert stack."""
+    targets = []
+    for layer in layers:
+        if layer.ref.kind is Kind.EXPERT:
+            targets.append("re:" + re.escape(layer.ref.name.partition("experts.")[0]) + r"experts\..*")
+        else:
+            targets.append(layer.ref.module)
+    return list(dict.fromkeys(targets))
+
+
+def copy_side_files(source: Source, out: Path, code: bool = False) -> list[str]:
     """Copy tokenizer, processor, chat template, generation config and licence; returns their names.
 
-    Weights, pickles and code are left behind.
+    Weights and pickles are left behind, and so is code, unless `code` says that the result cannot load without it.
 
     Raises:
         ResourceError: The disk is full.
@@ -90,7 +133,8 @@ def copy_side_files(source: Source, out: Path) -> list[str]:
         skip = (
             not path.is_file()
             or path.name in NOT_COPIED
-            or path.suffix in (*WEIGHT_SUFFIXES, ".py")
+            or path.suffix in NOT_COPIED_SUFFIXES
+            or (path.suffix == ".py" and not code)
             or path.name.startswith((".", "compress_"))
             or path.stat().st_size > MAX_SIDE_FILE_BYTES
         )

@@ -1,7 +1,8 @@
-"""Turn a GGUF file of a Llama model into an ordinary bf16 checkpoint whose weights lie on no quantization lattice.
+"""Turn a GGUF file into an ordinary checkpoint, and on request move a Llama's weights off every quantization lattice.
 
 GGUF linear weights are `scale * code + minimum` per group of 32 inputs. Left as they are, integer rounding in groups of
-32 would find that lattice again and look lossless. The rewrites below move every weight off it without changing what
+32 would find that lattice again and look lossless. That is what a user's own file is; for the embedded model, which
+demonstrates compression, it would be a lie. The rewrites below move every weight off the lattice without changing what
 the model computes, because each is undone by its neighbour: RMSNorm (Zhang & Sennrich 2019, arXiv 1910.07467, eq. 4)
 multiplies by a gain right before a linear map, and a gated MLP and attention's values are linear in `up_proj` and
 `v_proj`.
@@ -14,7 +15,7 @@ import copy
 import io
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -26,8 +27,10 @@ from tokenizers import pre_tokenizers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
+from transformers.utils import quantization_config as transformers_quantization
 
-from compressor.errors import CheckpointError, UnsupportedError
+from compressor.checkpoint.skeleton import names_on_disk
+from compressor.errors import CheckpointError, CompressorError, UnsupportedError
 
 # transformers' classes are untyped for mypy's purposes: every attribute below comes from the loaded architecture.
 Model: TypeAlias = Any
@@ -35,7 +38,6 @@ Tokenizer: TypeAlias = Any
 
 _LOG = logging.getLogger("compressor")
 _SUPPORTED = ("llama",)
-_STORED_DTYPE = torch.bfloat16
 
 
 def load_gguf(folder: Path, file: str) -> tuple[Model, Tokenizer]:
@@ -46,19 +48,31 @@ def load_gguf(folder: Path, file: str) -> tuple[Model, Tokenizer]:
 
     Raises:
         CheckpointError: The file is missing, or is not GGUF that transformers can read.
-        UnsupportedError: The file names a rule for splitting text that is not known here.
+        UnsupportedError: The file holds something transformers would leave out: tensors, a rule for splitting text.
     """
     path = folder / file
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file", "check the path")
     try:
         with _quiet():
-            model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32).eval()
+            both: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                gguf_file=file,
+                dtype=torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, by name
+                **_unpacked(),
+            )
+            model, loaded = both
             tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+        _check_complete(model.eval(), loaded, path)
         _restore_splitting(tokenizer, path)
-    except (ValueError, KeyError, OSError, RuntimeError) as error:
+    except CompressorError:
+        raise
+    except Exception as error:  # a parser of foreign bytes can raise anything
+        reason = str(error).strip().splitlines()
         raise CheckpointError(
-            f"{path}: not readable as GGUF: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+            f"{path}: not readable as GGUF: {type(error).__name__}: {reason[0] if reason else ''}",
             "check that the file is complete and that its architecture is one transformers reads from GGUF",
         ) from error
     return model, tokenizer
@@ -96,31 +110,45 @@ def off_lattice(model: Model) -> None:
         _scale_columns(attention.o_proj, values.repeat_interleave(repeats, dim=0).flatten())
 
 
-def write_checkpoint(model: Model, tokenizer: Tokenizer, out_dir: Path) -> None:
+def write_checkpoint(
+    model: Model,
+    tokenizer: Tokenizer,
+    out_dir: Path,
+    dtype: torch.dtype = torch.bfloat16,
+    exact: Callable[[Tensor], bool] = lambda _: False,
+) -> None:
     """Write config, weights, generation config and tokenizer as stock transformers reads them.
 
-    Weights are rounded to bf16 and go into one `model.safetensors`; tied weights are stored once. The same model gives
-    the same bytes on every call.
+    Weights go into one `model.safetensors`; tied weights are stored once. The same model gives the same bytes on every
+    call.
+
+    Args:
+        model: The model, in float32.
+        tokenizer: Its tokenizer.
+        out_dir: Where to write.
+        dtype: The checkpoint's dtype, which weights are rounded to.
+        exact: Whether a tensor must keep its values; such a tensor stays in float32 where `dtype` would change it.
 
     Raises:
-        CheckpointError: A weight is not finite in bf16.
+        CheckpointError: A weight is not finite in `dtype`.
         OSError: The operating system refused to write, a full disk included.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
-    _save(_stored_tensors(model), out_dir / "model.safetensors")
+    _save(_stored_tensors(model, dtype, exact), out_dir / "model.safetensors")
     config = copy.deepcopy(model.config)
     for stray in ("quantization_config", "_model_name_or_path"):  # both describe the GGUF file, not this checkpoint
         if hasattr(config, stray):
             delattr(config, stray)
     config.name_or_path = ""
     config.architectures = [type(model).__name__]
-    config.dtype = _STORED_DTYPE
+    config.dtype = dtype
     config.save_pretrained(out_dir)
     generation = copy.deepcopy(model.generation_config)
     generation._from_model_config = False  # a file of its own, not something to derive again on loading
     generation.save_pretrained(out_dir)
     tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.model_max_length = config.max_position_embeddings  # GGUF does not carry it
+    if limit := getattr(config, "max_position_embeddings", None):
+        tokenizer.model_max_length = limit  # GGUF does not carry it
     for stray in ("vocab_file", "name_or_path", "is_local", "local_files_only"):
         tokenizer.init_kwargs.pop(stray, None)
     tokenizer.name_or_path = ""
@@ -137,18 +165,79 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
         raise OSError(int(number[1]), str(error), str(path)) from error
 
 
-def _stored_tensors(model: Model) -> dict[str, Tensor]:
-    stored: dict[str, Tensor] = {}
+def _stored_tensors(model: Model, dtype: torch.dtype, exact: Callable[[Tensor], bool]) -> dict[str, Tensor]:
+    held: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in model.state_dict().items():
-        if tensor.data_ptr() in seen:  # a tied weight: readers tie it again from the config
-            continue
+        if tensor.data_ptr() not in seen:  # a tied weight is stored once: readers tie it again from the config
+            held[name] = tensor
         seen.add(tensor.data_ptr())
-        stored[name] = tensor.to(_STORED_DTYPE).contiguous()
+    stored: dict[str, Tensor] = {}
+    for name, tensor in names_on_disk(model, held).items():
+        rounded = tensor.to(dtype)
+        stored[name] = tensor if exact(tensor) and not torch.equal(rounded.float(), tensor) else rounded
+        stored[name] = stored[name].contiguous().clone()  # experts are views of one stack, which safetensors refuses
         if not stored[name].isfinite().all():
             bad = int((~stored[name].isfinite()).sum())
             raise CheckpointError(f"{name}: {bad} of {tensor.numel()} values are not finite", "the source is damaged")
     return stored
+
+
+def _unpacked() -> dict[str, Any]:
+    """Return the option that unpacks every weight, where transformers could keep some packed on a GPU."""
+    config: Any = getattr(transformers_quantization, "GgufConfig", None)
+    return {} if config is None else {"quantization_config": config(dequantize=True)}
+
+
+def _check_complete(model: Model, loaded: dict[str, Any], path: Path) -> None:
+    """Raise unless every parameter got its values from the file and every value in the file went somewhere."""
+    if loaded["mismatched_keys"]:
+        name, in_file, in_model = min(loaded["mismatched_keys"])
+        raise CheckpointError(
+            f"{path}: {name} is {list(in_file)}, but transformers reads a config that makes it {list(in_model)}",
+            "the file is damaged, or holds a variant of its architecture that transformers does not know",
+        )
+    missing = sorted(loaded["missing_keys"])
+    if missing:
+        raise CheckpointError(
+            f"{path}: {len(missing)} parameters of {type(model).__name__} are not in the file, the first is "
+            f"{missing[0]}",
+            "the file is incomplete, or holds a variant of its architecture that transformers does not know",
+        )
+    tensors = gguf.GGUFReader(path).tensors
+    in_file = sum(int(tensor.n_elements) for tensor in tensors)
+    in_model = sum(tensor.numel() for tensor in {t.data_ptr(): t for t in model.state_dict().values()}.values())
+    factors = next((tensor for tensor in tensors if tensor.name == "rope_freqs.weight"), None)
+    if factors is not None:
+        _restore_rope(model.config, torch.tensor(factors.data.copy(), dtype=torch.float32), path)
+        in_file -= int(factors.n_elements)
+    if in_file != in_model:
+        raise UnsupportedError(
+            f"{path}: holds {in_file} values, but transformers makes {in_model} of a {type(model).__name__} out of it",
+            "use the model's original checkpoint instead of the GGUF file",
+        )
+
+
+def _restore_rope(config: Any, factors: Tensor, path: Path) -> None:
+    """Put the frequency scaling of Llama 3.1 back into the config: the file has its result, transformers drops it.
+
+    Frequencies with a wavelength above `original / low` are divided by `factor`, those below `original / high` stay,
+    and between the two the divisor moves smoothly (Llama 3.1 reference code; all its models use 8192, 1 and 4).
+    """
+    if torch.equal(factors, torch.ones_like(factors)):
+        return
+    rope, original, low, high = dict(config.rope_parameters), 8192, 1.0, 4.0
+    size = 2 * len(factors)
+    wavelength = 2 * torch.pi * rope["rope_theta"] ** (torch.arange(0, size, 2).double() / size)
+    share = ((original / wavelength - low) / (high - low)).clamp(0, 1)
+    factor = float(factors.max())
+    if not torch.allclose(1 / ((1 - share) / factor + share), factors.double(), rtol=1e-4):
+        raise UnsupportedError(
+            f"{path}: scales its rotary frequencies (rope_freqs.weight, up to {factor:g}) in a way that is not known",
+            "use the model's original checkpoint instead of the GGUF file",
+        )
+    rope.update(rope_type="llama3", factor=factor, low_freq_factor=low, high_freq_factor=high)
+    config.rope_parameters = {**rope, "original_max_position_embeddings": original}
 
 
 def _fold_gain(norm: nn.Module, readers: Sequence[nn.Linear]) -> None:
@@ -175,16 +264,21 @@ def _scale_columns(linear: nn.Linear, factors: Tensor) -> None:
 
 
 def _restore_splitting(tokenizer: Tokenizer, path: Path) -> None:
-    """Set the rule that splits text before merging, which transformers takes as GPT-2's whatever the file says."""
-    field = gguf.GGUFReader(path).get_field("tokenizer.ggml.pre")
+    """Set the rule that splits text before merging where transformers takes it as GPT-2's whatever the file says."""
+    reader = gguf.GGUFReader(path)
+    kind, field = reader.get_field("tokenizer.ggml.model"), reader.get_field("tokenizer.ggml.pre")
     rule = "default" if field is None else field.contents()
+    backend = tokenizer.backend_tokenizer
     if rule == "smollm":  # every digit alone, then GPT-2's rule
         digits = pre_tokenizers.Digits(individual_digits=True)
         words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
-    elif rule not in ("default", "gpt-2"):
+        backend.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
+        return
+    # The rule concerns byte-level vocabularies alone; a Split is a rule transformers knows and has set.
+    splits = kind is None or kind.contents() == "gpt2"
+    if splits and rule not in ("default", "gpt-2") and '"type":"Split"' not in backend.to_str():
         raise UnsupportedError(
-            f"{path}: the tokenizer splits text by rule {rule!r}; known are 'default', 'gpt-2' and 'smollm'",
+            f"{path}: the tokenizer splits text by rule {rule!r}, which neither transformers nor this package knows",
             "use the model's original checkpoint instead of the GGUF file",
         )
 

@@ -25,9 +25,12 @@ from transformers.core_model_loading import (
     WeightRenaming,
     convert_and_load_state_dict_in_model,
     rename_source_key,
+    revert_weight_conversion,
 )
 from transformers.modeling_utils import LoadStateDictConfig
 
+from compressor.checkpoint.custom_code import custom_class, needs_code
+from compressor.checkpoint.source import read_json
 from compressor.errors import CheckpointError, UnsupportedError
 from compressor.plan import Where
 
@@ -65,15 +68,18 @@ class Skeleton:
         self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
 
     @classmethod
-    def build(cls, path: Path, device: torch.device | None = None) -> Skeleton:
+    def build(cls, path: Path, device: torch.device | None = None, trust_remote_code: bool = False) -> Skeleton:
         """Build the class named by `architectures` in `path/config.json`.
 
         Raises:
             CheckpointError: The config is not one transformers accepts.
             UnsupportedError: The architecture is unknown, needs remote code, or is an encoder-decoder.
         """
-        config = read_config(path)
-        cls_ = model_class(path, config)
+        config = read_config(path, trust_remote_code)
+        for part in (config, config.get_text_config()):
+            if hasattr(part, "quantization_config"):
+                del part.quantization_config  # the source decodes; transformers must not expect packed tensors
+        cls_ = model_class(path, config, trust_remote_code)
         if getattr(config, "is_encoder_decoder", False):
             raise UnsupportedError(f"{cls_.__name__}: encoder-decoder models have two block stacks; not supported yet")
         with torch.device(META), quiet():
@@ -160,16 +166,30 @@ class Skeleton:
                 self.model._init_weights(module)
 
 
-def model_class(path: Path, config: Any) -> type[PreTrainedModel]:
+def names_on_disk(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Turn tensors named and stacked as in memory into those a checkpoint of this model's class holds."""
+    # What the model itself remembers is how it was loaded, perhaps from another kind of file.
+    remembered = model.__dict__.pop("_weight_conversions", None)
+    try:
+        return dict(revert_weight_conversion(model, dict(tensors)))
+    finally:
+        if remembered is not None:
+            model._weight_conversions = remembered
+
+
+def model_class(path: Path, config: Any, trust_remote_code: bool = False) -> type[PreTrainedModel]:
     """Return the class named by `architectures` in a config.
 
     Raises:
         CheckpointError: None is named.
-        UnsupportedError: transformers has no such class.
+        UnsupportedError: transformers has no such class, and code of the checkpoint's own may not run.
     """
     name = (config.architectures or [None])[0]
     if name is None:
         raise CheckpointError(f"{path / 'config.json'}: names no architecture", 'add "architectures": ["ClassName"]')
+    content = read_json(path / "config.json")
+    if needs_code(content, path, trust_remote_code):
+        return custom_class(path, content)
     found = getattr(transformers, str(name), None)
     if not isinstance(found, type) or not issubclass(found, PreTrainedModel):
         raise UnsupportedError(
@@ -179,18 +199,29 @@ def model_class(path: Path, config: Any) -> type[PreTrainedModel]:
     return found
 
 
-def read_config(path: Path) -> Any:
-    """Read a model's config with transformers, never running code from the checkpoint.
+def read_config(path: Path, trust_remote_code: bool = False) -> Any:
+    """Read a model's config with transformers; code from the checkpoint runs only if it must and may.
 
     Raises:
         CheckpointError: transformers rejects it.
+        UnsupportedError: It needs code of the checkpoint's own, which may not run.
     """
+    code = needs_code(read_json(path / "config.json"), path, trust_remote_code)
     try:
         with quiet():
-            return AutoConfig.from_pretrained(path, trust_remote_code=False)
+            return AutoConfig.from_pretrained(path, trust_remote_code=code)
     except Exception as error:  # transformers raises whatever the config's fields provoke
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{path / 'config.json'}: {reason}", "is it a transformers config?") from error
+
+
+def without_expert_merging(conversions: Iterable[Any]) -> list[Any]:
+    """Return a conversion table without the entries that stack per-expert tensors into one parameter."""
+    return [
+        entry
+        for entry in conversions
+        if not any(isinstance(operation, MergeModulelist) for operation in getattr(entry, "operations", None) or ())
+    ]
 
 
 @contextlib.contextmanager

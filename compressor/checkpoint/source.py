@@ -2,18 +2,20 @@
 
 A source is a directory with `config.json` and one or several safetensors files. Opening it reads headers only and
 rejects everything that could surprise later: pickles, truncated files, shards outside the folder, names stored twice.
+A checkpoint that is quantized already shows the dense tensors its packed ones stand for, and decodes them as they are
+read; nothing behind a source needs to know.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,6 +30,7 @@ DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -41,6 +44,9 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+PROVENANCE = "compress_source.json"
+"""Beside a checkpoint this package converted: `{"notes": [...]}`, which belong into every report about it."""
 MAX_JSON_BYTES = 64 << 20
 """A config or index larger than this is not one; the bound keeps memory bounded on hostile input."""
 
@@ -56,6 +62,19 @@ class TensorInfo:
     file: str
 
 
+class Decoder(Protocol):
+    """How one dense tensor comes out of the tensors on disk that stand for it."""
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names on disk."""
+        ...
+
+    def decode(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Return the values, float32, in the shape the source announces."""
+        ...
+
+
 @dataclass(frozen=True)
 class Source:
     """An opened checkpoint.
@@ -64,8 +83,11 @@ class Source:
         path: The directory.
         label: What the user called it: a path, an embedded model's name, a Hub id.
         revision: The commit a Hub id was pinned to, or None.
-        config: Parsed `config.json`.
-        tensors: Every tensor in every shard, by name.
+        config: Parsed `config.json`, without what described a quantization that is undone on reading.
+        tensors: Every tensor there is to read, by name: those in the shards, or the dense ones they stand for.
+        stored: Every tensor in every shard where that differs from `tensors`; else empty.
+        decoders: How the tensors that are not stored as such are made.
+        notes: What a report about this source must say.
     """
 
     path: Path
@@ -73,6 +95,9 @@ class Source:
     revision: str | None
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
+    stored: dict[str, TensorInfo] = field(default_factory=dict)
+    decoders: Mapping[str, Decoder] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def open(cls, path: Path, label: str | None = None, revision: str | None = None) -> Source:
@@ -80,27 +105,17 @@ class Source:
 
         Raises:
             CheckpointError: The folder, its config or a shard is missing, unreadable, pickled or inconsistent.
-            UnsupportedError: The checkpoint is quantized already.
+            UnsupportedError: The checkpoint is quantized in a way that is not decoded here.
         """
         if not path.is_dir():
             raise CheckpointError(
                 f"{path}: no such directory", "give a checkpoint folder, or see: compress list models"
             )
-        config = read_json(path / "config.json")
-        if "quantization_config" in config:
-            method = config["quantization_config"].get("quant_method", "unknown")
-            raise UnsupportedError(
-                f"{path}: is quantized already (quant_method {method!r})", "start from the original checkpoint"
-            )
-        tensors: dict[str, TensorInfo] = {}
-        for file in shard_files(path):
-            for info in read_header(path / file):
-                if info.name in tensors:
-                    raise CheckpointError(f"{path}: {info.name} is stored in two shards", "the index is inconsistent")
-                tensors[info.name] = info
-        if not tensors:
-            raise CheckpointError(f"{path}: the safetensors files hold no tensors", "is the download complete?")
-        return cls(path, label or str(path), revision, config, tensors)
+        source = cls(path, label or str(path), revision, read_json(path / "config.json"), read_headers(path))
+        # Imported here: decoding reads sources itself.
+        from compressor.checkpoint.quantized import dequantizing
+
+        return dequantizing(replace(source, notes=read_notes(path)))
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Read tensors into memory of our own, so that closing the file gives its pages back.
@@ -112,16 +127,26 @@ class Source:
         with ExitStack() as stack:
             handles: dict[str, Any] = {}
             for name in names:
-                info = self.tensors[name]
-                try:
-                    if info.file not in handles:
-                        handles[info.file] = stack.enter_context(safe_open(self.path / info.file, framework="pt"))
-                    tensor = handles[info.file].get_tensor(name).clone()
-                except (OSError, SafetensorError) as error:
-                    raise CheckpointError(f"{info.file}: cannot read {name}: {error}", "download it again") from error
+                decoder = self.decoders.get(name)
+                if decoder is None:
+                    tensor = self._get(name, handles, stack)
+                else:
+                    values = decoder.decode({part: self._get(part, handles, stack) for part in decoder.parts})
+                    tensor = values.to(DTYPES[self.tensors[name].dtype])
                 check_finite(name, tensor)
                 out[name] = tensor
         return out
+
+    def _get(self, name: str, handles: dict[str, Any], stack: ExitStack) -> Tensor:
+        """Read one tensor as it lies on disk."""
+        file = (self.stored or self.tensors)[name].file
+        try:
+            if file not in handles:
+                handles[file] = stack.enter_context(safe_open(self.path / file, framework="pt"))
+            tensor: Tensor = handles[file].get_tensor(name).clone()
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{file}: cannot read {name}: {error}", "download it again") from error
+        return tensor
 
     @cached_property
     def fingerprint(self) -> str:
@@ -162,6 +187,30 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
+def read_notes(path: Path) -> tuple[str, ...]:
+    """Return the notes a conversion left beside a checkpoint."""
+    if not (path / PROVENANCE).is_file():
+        return ()
+    notes = read_json(path / PROVENANCE).get("notes")
+    return tuple(str(note) for note in notes) if isinstance(notes, list) else ()
+
+
+def indexed_files(path: Path) -> list[str]:
+    """Return the shards a folder's index names, sorted; they need not be there.
+
+    Raises:
+        CheckpointError: The index is unreadable or empty, or a name points outside the folder.
+    """
+    weight_map = read_json(path / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path / INDEX}: no weight_map", "download it again")
+    files = sorted({str(file) for file in weight_map.values()})
+    for file in files:
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            raise CheckpointError(f"{INDEX}: shard {file!r} is not a file of this folder", "do not trust this one")
+    return files
+
+
 def shard_files(path: Path) -> list[str]:
     """Return the safetensors file names of a checkpoint folder, sorted.
 
@@ -169,13 +218,8 @@ def shard_files(path: Path) -> list[str]:
         CheckpointError: There are none, one is missing, or a name points outside the folder.
     """
     if (path / INDEX).exists():
-        weight_map = read_json(path / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{path / INDEX}: no weight_map", "download it again")
-        files = sorted({str(file) for file in weight_map.values()})
+        files = indexed_files(path)
         for file in files:
-            if Path(file).name != file or not file.endswith(".safetensors"):
-                raise CheckpointError(f"{INDEX}: shard {file!r} is not a file of this folder", "do not trust this one")
             if not (path / file).is_file():
                 raise CheckpointError(f"{path / file}: no such file, but the index names it", "download it again")
         return files
@@ -184,13 +228,30 @@ def shard_files(path: Path) -> list[str]:
     others = sorted(file.name for file in path.glob("*.safetensors"))
     if others:
         raise CheckpointError(f"{path}: has {others[0]} but no {INDEX}", "download the index too")
-    pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in path.glob(pattern))
+    pickles = sorted(file.name for suffix in PICKLES for file in path.glob(f"*{suffix}"))
     if pickles:
         raise CheckpointError(
             f"{path}: only pickled weights ({pickles[0]}), which can run code when opened",
             "convert it: load it where you trust it and save_pretrained(..., safe_serialization=True)",
         )
     raise CheckpointError(f"{path}: no safetensors file", "is this a Hugging Face checkpoint folder?")
+
+
+def read_headers(path: Path) -> dict[str, TensorInfo]:
+    """Return every tensor of a checkpoint folder by name.
+
+    Raises:
+        CheckpointError: A shard is missing or unreadable, a name is stored twice, or there is nothing.
+    """
+    tensors: dict[str, TensorInfo] = {}
+    for file in shard_files(path):
+        for info in read_header(path / file):
+            if info.name in tensors:
+                raise CheckpointError(f"{path}: {info.name} is stored in two shards", "the index is inconsistent")
+            tensors[info.name] = info
+    if not tensors:
+        raise CheckpointError(f"{path}: the safetensors files hold no tensors", "is the download complete?")
+    return tensors
 
 
 def read_header(path: Path) -> Iterator[TensorInfo]:

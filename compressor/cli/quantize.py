@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from compressor.cli.render import STDERR, STDOUT, RichProgress, duration, print_json, report_table, size, table
-from compressor.errors import RecipeError
+from compressor.errors import RecipeError, did_you_mean
 
 if TYPE_CHECKING:
     from compressor.api import Job
 
 
 def quantize(
-    model: Annotated[str, typer.Argument(help="Embedded model, checkpoint folder, or Hub id[@revision].")],
+    model: Annotated[str, typer.Argument(help="Embedded model, checkpoint folder, GGUF file, or Hub id[@revision].")],
     method: Annotated[str, typer.Option("--method", "-m", help="See: compress list methods.")] = "fp4",
     format: Annotated[str | None, typer.Option("--format", "-f", help="See: compress list formats.")] = None,
     group_size: Annotated[str | None, typer.Option(help="Inputs per scale, or 'channel'.")] = None,
@@ -24,12 +25,22 @@ def quantize(
     n_samples: Annotated[int, typer.Option(min=1, max=65_536, help="Windows of calibration text.")] = 32,
     seq_len: Annotated[int, typer.Option(min=2, max=1_048_576, help="Tokens per window.")] = 512,
     skip: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Leave tensors dense (repeatable).")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="GLOB=FORMAT[:GROUP]", help="Give tensors another format (repeatable)."),
+    ] = None,
+    kv_cache: Annotated[
+        str | None, typer.Option(metavar="fp8", help="Store scales for an FP8 key/value cache.")
+    ] = None,
     option: Annotated[
         list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="Option of the method (repeatable).")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     force: Annotated[bool, typer.Option("--force", help="Overwrite an earlier result.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run model code that comes with the checkpoint.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; read no weights.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
@@ -37,7 +48,12 @@ def quantize(
     """Compress a checkpoint and write it as safetensors."""
     options = parse_options(option or [])
     check_names(method, format, group_size, options)
-    from compressor.api import execute, prepare
+    formats = parse_overrides(set_ or [])
+    if kv_cache not in (None, "fp8"):
+        raise did_you_mean("key/value cache format", str(kv_cache), ["fp8"])
+    if quiet or json_:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from compressor.api import execute, make_overrides, prepare
     from compressor.recipe import CalibrationSpec, Recipe
 
     recipe = Recipe(
@@ -46,9 +62,11 @@ def quantize(
         options=options,
         format=format,
         group_size=group_size,
-        skip=tuple(skip or ()),
+        overrides=make_overrides(formats, skip or ()),
+        kv_cache="fp8" if kv_cache else None,
         calibration=CalibrationSpec(data=data, n_samples=n_samples, seq_len=seq_len),
         seed=seed,
+        trust_remote_code=trust_remote_code,
     )
     if not quiet and not json_:
         STDERR.print(f"compress quantize {model}: method {method}", soft_wrap=True, markup=False)
@@ -69,7 +87,6 @@ def quantize(
 
 def check_names(method: str, format: str | None, group_size: str | None, options: dict[str, Any]) -> None:
     """Reject unknown names before torch is imported, so that a typo costs no seconds."""
-    from compressor.errors import did_you_mean
     from compressor.formats import BUILDERS, parse_group_size
     from compressor.methods import METHODS
 
@@ -79,6 +96,27 @@ def check_names(method: str, format: str | None, group_size: str | None, options
         raise did_you_mean("format", format, BUILDERS)
     if format is not None:
         parse_group_size(format, group_size)
+
+
+def parse_overrides(pairs: list[str]) -> dict[str, str]:
+    """Turn `GLOB=FORMAT[:GROUP]` strings into glob -> format.
+
+    Raises:
+        RecipeError: A pair has no `=`, or names no known format.
+    """
+    from compressor.formats import BUILDERS
+
+    formats: dict[str, str] = {}
+    for pair in pairs:
+        match, found, text = pair.rpartition("=")
+        if not found or not match or not text:
+            raise RecipeError(f"--set {pair!r} is not GLOB=FORMAT", "for example --set '*.down_proj=int8'")
+        name = text.partition(":")[0]
+        if name not in BUILDERS:
+            raise did_you_mean("format", name, BUILDERS)
+        formats.pop(match, None)  # given twice: the later one, in the later place
+        formats[match] = text
+    return formats
 
 
 def parse_options(pairs: list[str]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from compressor.formats.base import QuantFormat
+    from compressor.formats.fp8 import Granularity
 
 DEFAULT_GROUP_SIZE = 64
 
@@ -40,12 +41,47 @@ def _mxfp4(group_size: int | None, dtype: torch.dtype) -> QuantFormat:
     return MXFP4()
 
 
+def _fp8(granularity: Granularity) -> Callable[[int | None, torch.dtype], QuantFormat]:
+    def build(group_size: int | None, dtype: torch.dtype) -> QuantFormat:
+        from compressor.formats.fp8 import FP8
+
+        return FP8(granularity, dtype)
+
+    return build
+
+
+def _mxfp8(group_size: int | None, dtype: torch.dtype) -> QuantFormat:
+    from compressor.formats.mxfp8 import MXFP8
+
+    return MXFP8()
+
+
+def _fp4(group_size: int | None, dtype: torch.dtype) -> QuantFormat:
+    from compressor.formats.float4 import Float4
+
+    return Float4()
+
+
 BUILDERS: dict[str, Callable[[int | None, torch.dtype], QuantFormat]] = {
     **{f"int{bits}": _ints(bits) for bits in range(2, 9)},
     "nvfp4": _nvfp4,
     "mxfp4": _mxfp4,
+    "fp4": _fp4,
+    "fp8": _fp8("channel"),
+    "fp8-tensor": _fp8("tensor"),
+    "fp8-block": _fp8("block"),
+    "mxfp8": _mxfp8,
 }
-FIXED_GROUP = {"nvfp4": 16, "mxfp4": 32}
+FIXED_GROUP: dict[str, int | None] = {
+    "nvfp4": 16,
+    "mxfp4": 32,
+    "fp4": None,
+    "fp8": None,
+    "fp8-tensor": None,
+    "fp8-block": 128,
+    "mxfp8": 32,
+}
+"""Group size of every format that has only one; None where a scale covers whole rows."""
 
 SUMMARIES: dict[str, str] = {
     **{
@@ -54,6 +90,11 @@ SUMMARIES: dict[str, str] = {
     },
     "nvfp4": "4-bit floats (E2M1), FP8 scale per 16 inputs, one FP32 scale per fused set of layers; 4.5 bits",
     "mxfp4": "4-bit floats (E2M1), power-of-two scale per 32 inputs; 4.25 bits",
+    "fp4": "LLM-FP4's 4-bit floats: E2M1, E1M2 or E3M0 per layer, real scale per output channel; 4 bits; native only",
+    "fp8": "8-bit floats (E4M3), one scale per output channel; 8 bits",
+    "fp8-tensor": "8-bit floats (E4M3), one scale per matrix; 8 bits",
+    "fp8-block": "8-bit floats (E4M3), one scale per 128 x 128 tile; 8 bits",
+    "mxfp8": "8-bit floats (E4M3), power-of-two scale per 32 inputs; 8.25 bits",
 }
 
 
@@ -63,18 +104,24 @@ def parse_group_size(name: str, text: str | None) -> int | None:
     Raises:
         RecipeError: Not a positive number or `channel`, or the format's group size is fixed to another value.
     """
-    fixed = FIXED_GROUP.get(name)
     if text is None:
-        return fixed or DEFAULT_GROUP_SIZE
+        return FIXED_GROUP.get(name, DEFAULT_GROUP_SIZE)
     if text == "channel":
         value = None
     elif text.isdecimal() and int(text) > 0:
         value = int(text)
     else:
         raise RecipeError(f"--group-size {text!r} is neither a positive number nor 'channel'", "try --group-size 64")
-    if fixed and value != fixed:
-        raise RecipeError(f"{name} has groups of {fixed}, not {text}", f"leave --group-size out, or set it to {fixed}")
+    if name in FIXED_GROUP and (value != FIXED_GROUP[name] or name == "fp8-tensor"):
+        raise RecipeError(f"{name} has {_grouping(name)}, not --group-size {text}", "leave --group-size out")
     return value
+
+
+def _grouping(name: str) -> str:
+    """Say what shares one scale in a format that leaves no choice."""
+    tiles = {"fp8-tensor": "one scale per matrix", "fp8-block": "one scale per 128 x 128 tile"}
+    size = FIXED_GROUP[name]
+    return tiles.get(name) or ("one scale per output channel" if size is None else f"groups of {size}")
 
 
 def get_format(name: str, group_size: int | None, dtype: torch.dtype) -> QuantFormat:

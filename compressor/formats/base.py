@@ -23,6 +23,7 @@ class QParams:
 
     Attributes:
         scale: `[out, groups]`, in the dtype the format stores (bf16, fp16, fp32, float8_e4m3fn, or uint8 exponents).
+            Formats whose scales cover more than one row: `[row blocks, column blocks]`, or `[1]` for a whole matrix.
         zero_point: `[out, groups]` integers, or None for symmetric grids.
         global_scale: `[1]` float32 divisor shared by the whole matrix (NVFP4), or None.
         codebook: `[2**bits]` float32 values, for formats whose grid is a table.
@@ -141,8 +142,12 @@ class SearchableFormat(QuantFormat, Protocol):
         """Yield parameters with every group's scale moved by the same step; the first is `q` itself."""
         ...
 
-    def global_candidates(self, global_scale: Tensor | None) -> Iterator[Tensor | None]:
-        """Yield global scales worth trying; the first is the one given."""
+    def starts(self, w: Tensor, global_scale: Tensor | None = None) -> Iterator[QParams]:
+        """Yield min-max parameters of `w` on every grid worth trying; the first is `fit(w, global_scale)`.
+
+        A grid is what must be chosen before scales are: another global scale, another split of the bits. Where the
+        format has a global scale, the n-th start of every matrix of a fused set has the same one.
+        """
         ...
 
 

@@ -24,6 +24,7 @@ from compressor.formats.base import (
 )
 from compressor.formats.bitstream import pack_nibbles, unpack_nibbles
 from compressor.formats.e2m1 import decode_e2m1, encode_e2m1, round_e2m1
+from compressor.formats.e8m0 import decode_e8m0, fit_e8m0
 
 LARGEST_EXPONENT = 252
 """Largest byte written: `6 * 2**125` is finite in float32. 253 and 254 would overflow, 255 means NaN."""
@@ -58,10 +59,7 @@ class MXFP4:
             NumericalError: A weight is NaN or Inf.
         """
         assert global_scale is None, "MXFP4 has no global scale"
-        absmax = group_absmax(w, self.group_size)  # [out, groups]
-        # A quarter of the mantissa range added to the bits carries into the exponent exactly from 1.75 on.
-        exponent = (absmax.view(torch.int32) + (1 << 21)) >> 23
-        return QParams((exponent - 2).clamp_(0, LARGEST_EXPONENT).to(torch.uint8))
+        return QParams(fit_e8m0(group_absmax(w, self.group_size), 2, LARGEST_EXPONENT))
 
     def encode(self, w: Tensor, q: QParams) -> Tensor:
         """Return the nearest codes, uint8 `[out, in]`, in float32."""
@@ -122,13 +120,11 @@ class MXFP4:
         for step in _SCALE_STEPS:
             yield QParams((q.scale.to(torch.int16) + step).clamp_(0, LARGEST_EXPONENT).to(torch.uint8))
 
-    def global_candidates(self, global_scale: Tensor | None) -> Iterator[None]:
-        """Yield None: there is no global scale."""
-        yield None
+    def starts(self, w: Tensor, global_scale: Tensor | None = None) -> Iterator[QParams]:
+        """Yield the min-max parameters of `w`: there is no global scale to choose."""
+        yield self.fit(w, global_scale)
 
 
 def _steps(q: QParams) -> Tensor:
     """Return the value of one E2M1 unit per group, float32 `[out, groups, 1]`."""
-    byte = q.scale.to(torch.int32)
-    # The byte is float32's own exponent field; only 2**-127 (byte 0) is subnormal and sits in the mantissa.
-    return torch.where(byte == 0, 1 << 22, byte << 23).view(torch.float32).unsqueeze(-1)
+    return decode_e8m0(q.scale).unsqueeze(-1)

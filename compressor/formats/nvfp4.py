@@ -138,15 +138,15 @@ class NVFP4:
             moved = (codes + step).clamp_(_SMALLEST_FP8_CODE, _LARGEST_FP8_CODE).to(torch.uint8)
             yield replace(q, scale=moved.view(torch.float8_e4m3fn))
 
-    def global_candidates(self, global_scale: Tensor | None) -> Iterator[Tensor | None]:
-        """Yield the given divisor, then smaller ones within a factor of two.
+    def starts(self, w: Tensor, global_scale: Tensor | None = None) -> Iterator[QParams]:
+        """Yield min-max parameters under the given divisor, then under smaller ones within a factor of two.
 
         They shift the FP8 lattice of group scales, whose spacing is 6 to 13 %; larger ones would saturate it.
         """
-        yield global_scale
-        if global_scale is not None:
-            for factor in _GLOBAL_FACTORS:
-                yield global_scale * factor
+        divisor = self.fit_global([w]) if global_scale is None else global_scale
+        yield self.fit(w, divisor)
+        for factor in _GLOBAL_FACTORS:
+            yield self.fit(w, divisor * factor)
 
     def _steps(self, q: QParams) -> Tensor:
         """Return the value of one E2M1 unit per group, float32 `[out, groups, 1]`."""

@@ -16,12 +16,25 @@ import torch
 
 from compressor.errors import CheckpointError, UnsupportedError
 from compressor.formats.base import QuantFormat
+from compressor.formats.fp8 import BLOCK, FP8, Granularity
 from compressor.formats.ints import IntFormat
 from compressor.formats.mxfp4 import MXFP4
+from compressor.formats.mxfp8 import MXFP8
 from compressor.formats.nvfp4 import NVFP4
 
-_REFUSED = ("kv_cache_scheme", "sparsity_config", "transform_config", "moe_sparsity_config")
+KV_SCHEME: dict[str, object] = {
+    "num_bits": 8,
+    "type": "float",
+    "strategy": "tensor",
+    "dynamic": False,
+    "symmetric": True,
+}
+"""The `kv_cache_scheme` this package writes and runs: FP8, one static scale per layer for keys and one for values."""
+
+_REFUSED = ("sparsity_config", "transform_config", "moe_sparsity_config")
 _MIXED = "mixed-precision"
+_LINEAR = ("Linear", "Module")
+"""Class names of everything that is stored packed; experts are no modules in memory, but linear layers on disk."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +64,7 @@ class Schemes:
 
     groups: tuple[Group, ...]
     ignore: tuple[str, ...]
+    kv_cache: bool = False
 
     @classmethod
     def parse(cls, config: Mapping[str, Any]) -> Schemes:
@@ -74,12 +88,17 @@ class Schemes:
         for key in _REFUSED:
             if config.get(key):
                 raise UnsupportedError(f"quantization_config: {key} is set to {config[key]!r}", "it cannot be run here")
+        cache = config.get("kv_cache_scheme")
+        if cache and {key: cache.get(key) for key in KV_SCHEME} != KV_SCHEME:
+            raise UnsupportedError(
+                f"quantization_config: kv_cache_scheme {cache!r} cannot be run here", "it is not ours"
+            )
         entries = config.get("config_groups")
         if not isinstance(entries, Mapping) or not entries:
             raise CheckpointError("quantization_config: config_groups is missing or empty", "config.json is damaged")
         default = config.get("format")
         groups = tuple(_group(str(name), entry, default) for name, entry in entries.items())
-        return cls(groups, _strings(config.get("ignore"), "ignore"))
+        return cls(groups, _strings(config.get("ignore"), "ignore"), bool(cache))
 
     def group_of(self, module: str, classes: Iterable[str]) -> Group | None:
         """Return the group a module belongs to, or None if no target matches or the ignore list does.
@@ -101,6 +120,20 @@ class Schemes:
                     best = rank, group
         return best[1] if best else None
 
+    def find(self, names: Sequence[str], dtype: torch.dtype) -> QuantFormat | None:
+        """Return the format of a packed module, or None if no group takes it.
+
+        Args:
+            names: Its name on disk, and its name in memory where that is known: configs use either.
+            dtype: Dtype of integer formats' scales.
+
+        Raises:
+            UnsupportedError: A scheme that is not supported.
+        """
+        groups = (self.group_of(name, _LINEAR) for name in names)
+        group = next((entry for entry in groups if entry), None)
+        return group.build(dtype) if group else None
+
 
 def format_from_scheme(scheme: Mapping[str, Any], container: str, dtype: torch.dtype) -> QuantFormat:
     """Return the format that reads weights stored under this scheme.
@@ -108,7 +141,7 @@ def format_from_scheme(scheme: Mapping[str, Any], container: str, dtype: torch.d
     Args:
         scheme: compressed-tensors `weights` arguments; left-out keys have that library's defaults.
         container: compressed-tensors format name.
-        dtype: Dtype of integer formats' scales (the dtype of the model: readers cast scales to it).
+        dtype: Dtype of integer and FP8 formats' scales (the dtype of the model: readers cast scales to it).
 
     Raises:
         UnsupportedError: No format of ours reads it; the message says which argument is the reason.
@@ -131,19 +164,35 @@ def format_from_scheme(scheme: Mapping[str, Any], container: str, dtype: torch.d
         if strategy == "group" and isinstance(size, int) and size > 0:
             return IntFormat(bits, size, dtype)
         raise _unsupported(container, "strategy, group_size", (strategy, size))
+    if container == "float-quantized":
+        if (bits, kind) != (8, "float"):
+            raise _unsupported(container, "num_bits, type", (bits, kind))
+        return FP8(_granularity(container, strategy, scheme.get("block_structure")), dtype)
     fixed: dict[str, tuple[str, QuantFormat]] = {
         "nvfp4-pack-quantized": ("tensor_group", NVFP4()),
         "mxfp4-pack-quantized": ("group", MXFP4()),
+        "mxfp8-quantized": ("group", MXFP8()),
     }
     if container not in fixed:
         raise UnsupportedError(
             f"compressed-tensors format {container!r} is not supported",
-            f"supported are: pack-quantized, {', '.join(fixed)}",
+            f"supported are: pack-quantized, float-quantized, {', '.join(fixed)}",
         )
     expected, fmt = fixed[container]
-    if (bits, kind, strategy, size) != (4, "float", expected, fmt.group_size):
+    if (bits, kind, strategy, size) != (fmt.bits, "float", expected, fmt.group_size):
         raise _unsupported(container, "num_bits, type, strategy, group_size", (bits, kind, strategy, size))
     return fmt
+
+
+def _granularity(container: str, strategy: str, block: Any) -> Granularity:
+    """Return what shares one FP8 scale."""
+    if strategy == "tensor":
+        return "tensor"
+    if strategy == "channel":
+        return "channel"
+    if strategy == "block" and isinstance(block, list | tuple) and list(block) == [BLOCK, BLOCK]:
+        return "block"
+    raise _unsupported(container, "strategy, block_structure", (strategy, block))
 
 
 def _unsupported(container: str, key: str, value: object) -> UnsupportedError:

@@ -1,11 +1,17 @@
-"""LLM-FP4's search on deployable 4-bit floats: choose scales that minimise each layer's output error.
+"""LLM-FP4's search on 4-bit floats: choose grids and scales that minimise each layer's output error.
 
 Liu et al. 2023, "LLM-FP4: 4-Bit Floating-Point Quantized Transformers", arXiv 2310.16836, section 3 (weight-only).
 
 The objective is the paper's: `||X W'^T - X W^T||^2` on full-precision calibration inputs, which per row of `W` is
-`d H d^T` with `d = w' - w` and `H = sum x x^T`. The paper searches one real-valued exponent bias per output channel;
-a deployable format stores a scale per group instead, so the bias of each group is searched over the scales the format
-can store.
+`d H d^T` with `d = w' - w` and `H = sum x x^T`.
+
+With format `fp4` the search is the paper's too: for every split of the bits each output channel takes the exponent bias
+with the least error, out of all candidates and with all of `H`; then the layer takes the split with the least total.
+One round is enough, as weights have no partner to alternate with. (Differs from the paper: the candidates contain the
+min-max bias, so that nothing gets worse, and by default they are spaced evenly; see `Float4.grid`.)
+
+The formats that other readers know store a scale per group instead of a bias per channel, so with them the bias of each
+group is searched over the scales the format can store.
 
 Differs from the paper:
 - Candidates are the stored scales next to the min-max one, taken exactly, instead of 100 points of `gamma * bias`.
@@ -32,6 +38,15 @@ from compressor.decision import Outcome, Quantized
 from compressor.formats.base import QParams, QuantFormat, SearchableFormat
 from compressor.methods.base import Layer, MethodOptions, Scope, Stream
 from compressor.plan import WeightRef
+
+_ELEMENTS = 1 << 22
+"""Weights whose candidates are rounded at once, which bounds memory: a handful of float32 tensors of this size."""
+
+_ROWS = 128
+"""Rows searched at once at least, if memory allows: fewer make products of matrices slow."""
+
+_NARROWEST = 96
+"""Columns below which a product of matrices is no longer efficient."""
 
 
 class FP4Options(MethodOptions):
@@ -62,11 +77,11 @@ class FP4:
     def refuse(self, ref: WeightRef, fmt: QuantFormat) -> str | None:
         """Refuse formats whose scales are not a short list of stored values."""
         if not isinstance(fmt, SearchableFormat):
-            return f"method fp4 searches 4-bit float formats (nvfp4, mxfp4), not {fmt.name}"
+            return f"method fp4 searches 4-bit float formats (nvfp4, mxfp4, fp4), not {fmt.name}"
         return None
 
     def solve_group(self, layers: Sequence[Layer], fmt: QuantFormat, generator: torch.Generator) -> Outcome:
-        """Choose one global scale for all layers, then every group's scale."""
+        """Choose the grid of every layer, or the global scale they share, then every scale."""
         assert isinstance(fmt, SearchableFormat)
         unseen = [layer for layer in layers if layer.n_tokens == 0]
         if unseen:
@@ -74,7 +89,14 @@ class FP4:
             decisions = {layer.ref.name: _quantized(layer, fmt, layer.fit(fmt)) for layer in layers}
             return Outcome(decisions, tuple(f"{layer.ref.name}: no calibration token reached it" for layer in unseen))
         moments = [layer.second_moment(SecondMoment()) for layer in layers]
-        chosen = self._first_pass(layers, fmt, moments)
+        if fmt.group_size is None:
+            splits = [search_splits(layer, fmt, moment) for layer, moment in zip(layers, moments, strict=True)]
+            return Outcome({layer.ref.name: _quantized(layer, fmt, q) for layer, q in zip(layers, splits, strict=True)})
+        together = len(layers) if fmt.has_global_scale else 1
+        chosen: list[QParams] = []
+        for first in range(0, len(layers), together):
+            part = slice(first, first + together)
+            chosen += self._first_pass(layers[part], fmt, moments[part])
         decisions = {}
         for layer, q, moment in zip(layers, chosen, moments, strict=True):
             for _ in range(self.options.sweeps):
@@ -83,11 +105,12 @@ class FP4:
         return Outcome(decisions)
 
     def _first_pass(self, layers: Sequence[Layer], fmt: SearchableFormat, moments: list[Tensor]) -> list[QParams]:
-        """Return parameters under one global scale whose summed error is at most that of rounding to nearest."""
-        diagonals = [diagonal_blocks(moment, fmt.group_size or moment.shape[0]) for moment in moments]
-        passes: list[tuple[float, list[QParams], list[QParams]]] = []
-        for global_scale in islice(fmt.global_candidates(layers[0].global_scale), self.options.globals):
-            plain = [fmt.fit(layer.weight, global_scale) for layer in layers]
+        """Return parameters, under one global scale if there is one, with a summed error at most that of rounding."""
+        assert fmt.group_size is not None
+        diagonals = [diagonal_blocks(moment, fmt.group_size) for moment in moments]
+        starts = zip(*(fmt.starts(layer.weight, layer.global_scale) for layer in layers), strict=True)
+        passes: list[tuple[float, tuple[QParams, ...], list[QParams]]] = []
+        for plain in islice(starts, self.options.globals if fmt.has_global_scale else None):
             found = [
                 search_groups(layer.weight, fmt, q, diagonal)
                 for layer, q, diagonal in zip(layers, plain, diagonals, strict=True)
@@ -108,6 +131,73 @@ class FP4:
 
 def _quantized(layer: Layer, fmt: QuantFormat, q: QParams) -> Quantized:
     return Quantized(fmt.encode(layer.weight, q), q)
+
+
+def search_splits(layer: Layer, fmt: SearchableFormat, moment: Tensor) -> QParams:
+    """Return the parameters of the grid with the least total error, each searched by `search_rows`; ties to the first.
+
+    Args:
+        layer: The layer.
+        fmt: A format with one scale per output channel.
+        moment: `[in, in]` mean of `x x^T`.
+    """
+    best, least = layer.fit(fmt), torch.inf
+    for start in fmt.starts(layer.weight, layer.global_scale):
+        found, error = search_rows(layer.weight, fmt, start, moment, limit=least)
+        if error < least:
+            best, least = found, error
+    return best
+
+
+def search_rows(
+    w: Tensor, fmt: SearchableFormat, start: QParams, moment: Tensor, limit: float = torch.inf
+) -> tuple[QParams, float]:
+    """Choose every row's scale by the error of its output, out of all candidates; the first on ties.
+
+    Args:
+        w: `[out, in]` float32.
+        fmt: A format with one scale per output channel.
+        start: Min-max parameters; the first candidate, so no row gets worse.
+        moment: `[in, in]` mean of `x x^T`.
+        limit: Summed error from which on the result is not wanted; the search then ends early.
+
+    Returns:
+        The chosen parameters and the error `d H d^T` summed over rows; `start` and infinity if it reaches `limit`.
+    """
+    triangle = moment.triu(1).mul_(2) + moment.diagonal().diag()
+    at_once = max(min(_ELEMENTS // w.shape[1], max(w.shape[0] // 8, _ROWS)), 1)
+    scales, total = [], 0.0
+    for rows in range(0, w.shape[0], at_once):
+        if total >= limit:
+            return start, torch.inf
+        part = w[rows : rows + at_once]
+        best, least = start.scale[rows : rows + at_once], w.new_full((len(part), 1), torch.inf)
+        for candidate in fmt.scale_candidates(replace(start, scale=best)):
+            error = row_errors(fmt.round(part, candidate).sub_(part), triangle)  # [rows, 1]
+            # As bytes: torch cannot pick among FP8 values.
+            best = torch.where(error < least, candidate.scale.view(torch.uint8), best.view(torch.uint8))
+            best = best.view(start.scale.dtype)
+            least = torch.minimum(error, least)
+        scales.append(best)
+        total += float(least.sum(dtype=torch.float64))
+    return (replace(start, scale=torch.cat(scales)), total) if total < limit else (start, torch.inf)
+
+
+def row_errors(delta: Tensor, triangle: Tensor) -> Tensor:
+    """Return `d H d^T` of every row of `delta` `[rows, in]`, as `[rows, 1]`.
+
+    Args:
+        delta: Rounding errors.
+        triangle: `[in, in]` upper triangle of `H` with everything above the diagonal doubled, zeros below. Only blocks
+            that are not zero are multiplied, which is little more than half of `H`.
+    """
+    width = max(delta.shape[1] // 8, _NARROWEST)
+    total = delta.new_zeros(delta.shape[0], 1)
+    for start in range(0, delta.shape[1], width):
+        stop = min(start + width, delta.shape[1])
+        slope = delta[:, :stop] @ triangle[:stop, start:stop]
+        total += slope.mul_(delta[:, start:stop]).sum(-1, keepdim=True)
+    return total
 
 
 def diagonal_blocks(moment: Tensor, size: int) -> Tensor:
@@ -178,6 +268,7 @@ class _Trials:
         self.w, self.fmt, self.start = w, fmt, start
         self.size = fmt.group_size or w.shape[1]
         # As bytes: torch cannot pick among FP8 values.
+        assert start.scale.dtype.itemsize == 1, "a group's scale is picked as one byte"
         self.scales = torch.stack([q.scale.view(torch.uint8) for q in fmt.scale_candidates(start)], -1)
         self.best = self.scales[..., 0].clone()  # [out, groups]
 

@@ -20,9 +20,18 @@ from compressor.checkpoint.skeleton import Skeleton, Target
 from compressor.checkpoint.source import Source
 from compressor.errors import CheckpointError, UnsupportedError
 from compressor.formats.base import QuantFormat
+from compressor.formats.native import NativeSchemes
 from compressor.formats.schemes import Schemes
 from compressor.runtime.modules import FUSED
-from compressor.runtime.stored import PACKED, KeyMismatch, check_stored, format_of, packed_modules
+from compressor.runtime.stored import (
+    PACKED,
+    AnySchemes,
+    KeyMismatch,
+    check_stored,
+    codes_name,
+    format_of,
+    packed_modules,
+)
 
 
 @dataclass(frozen=True)
@@ -71,7 +80,7 @@ class Layout:
     experts: dict[str, tuple[PackedWeight, ...]]
 
 
-def read_layout(model: PreTrainedModel, source: Source, schemes: Schemes | None, dtype: torch.dtype) -> Layout:
+def read_layout(model: PreTrainedModel, source: Source, schemes: AnySchemes | None, dtype: torch.dtype) -> Layout:
     """Assign every tensor on disk to a place in `model` (parameters on meta).
 
     Raises:
@@ -82,7 +91,7 @@ def read_layout(model: PreTrainedModel, source: Source, schemes: Schemes | None,
     owned = {name for name in source.tensors if _owner(name) in modules}
     shapes = {name: info.shape for name, info in source.tensors.items() if name not in owned}
     # Mapping names needs the row count alone, which packing along the inputs leaves as it is.
-    shapes |= {f"{module}.weight": source.tensors[module + PACKED].shape for module in modules}
+    shapes |= {f"{module}.weight": source.tensors[codes_name(source, module)].shape for module in modules}
     targets = Skeleton(model, torch.device("cpu")).targets(shapes)
     expected = model.state_dict(keep_vars=True)
     weights: list[PackedWeight] = []
@@ -91,26 +100,28 @@ def read_layout(model: PreTrainedModel, source: Source, schemes: Schemes | None,
     for name, target in targets.items():
         module = name.removesuffix(".weight")
         if target.param is None:
-            unexpected.add(module + PACKED if module in modules else name)
+            unexpected.add(codes_name(source, module) if module in modules else name)
         elif module in modules and name != module:
             weights.append(_packed_weight(module, target, expected, source, schemes, dtype))
         else:
             dense.setdefault(target.param, []).append(name)
     read = {name for weight in weights for name in weight.names}
-    unexpected |= {name for name in owned - read if f"{_owner(name)}{PACKED}" not in unexpected}
+    unexpected |= {name for name in owned - read if codes_name(source, str(_owner(name))) not in unexpected}
     linears, experts = _sort(weights, model)
     covered = {*dense, *(str(weight.target.param) for weight in weights)}
     _check_names(model, source.path, covered, unexpected, expected)
     _check_experts(experts, dense, expected, source.path)
-    if schemes is not None:
+    if isinstance(schemes, NativeSchemes):
+        _check_listed(schemes, modules, source.path)
+    elif schemes is not None:
         _check_targeted(model, schemes, linears, dense)
     return Layout({param: tuple(names) for param, names in dense.items()}, linears, experts)
 
 
 def _owner(name: str) -> str | None:
-    """Return the module a `weight_*` tensor would belong to if it is packed, or None for any other tensor."""
+    """Return the module a `weight` or `weight_*` tensor would belong to if it is packed, or None for any other."""
     module, _, suffix = name.rpartition(".")
-    return module if suffix.startswith("weight_") else None
+    return module if suffix == "weight" or suffix.startswith("weight_") else None
 
 
 def _packed_weight(
@@ -118,7 +129,7 @@ def _packed_weight(
     target: Target,
     expected: Mapping[str, Any],
     source: Source,
-    schemes: Schemes | None,
+    schemes: AnySchemes | None,
     dtype: torch.dtype,
 ) -> PackedWeight:
     place = target.where.of(expected[str(target.param)])
@@ -197,11 +208,19 @@ def _check_experts(
         siblings = {tuple(weight.module.rsplit(".", 2)[::2]) for weight in weights}
         every = {f"{head}.{index}.{leaf}" for head, leaf in siblings for index in range(count)}
         if every != have:
-            raise KeyMismatch(path, [m + PACKED for m in every - have], [m + PACKED for m in have - every])
+            codes = weights[0].names[0].removeprefix(weights[0].module)
+            raise KeyMismatch(path, [m + codes for m in every - have], [m + codes for m in have - every])
 
 
 def _pattern(patterns: Iterable[str] | None) -> re.Pattern[str]:
     return re.compile("|".join(f"(?:{pattern})" for pattern in patterns or ()) or r"(?!)")
+
+
+def _check_listed(schemes: NativeSchemes, modules: frozenset[str], path: Path) -> None:
+    """Raise unless a native config lists exactly the modules that are stored packed."""
+    listed = frozenset(schemes.modules)
+    if listed != modules:
+        raise KeyMismatch(path, [m + PACKED for m in listed - modules], [m + PACKED for m in modules - listed])
 
 
 def _check_targeted(

@@ -16,10 +16,12 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
+from compressor.calibration import kv_cache
 from compressor.checkpoint.skeleton import Skeleton, model_class, quiet, read_config
 from compressor.checkpoint.source import Source, check_finite
 from compressor.errors import CheckpointError, UnsupportedError
 from compressor.formats.base import PackedTensor
+from compressor.formats.schemes import Schemes
 from compressor.kernels import dispatch
 from compressor.runtime.layout import Layout, PackedWeight, read_layout
 from compressor.runtime.modules import PackedExperts, PackedLinear, refuse_experts
@@ -30,7 +32,11 @@ BATCH_BYTES = 256 << 20
 
 
 def load(
-    path: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    path: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Load a checkpoint folder in eval mode, without gradients.
 
@@ -38,6 +44,7 @@ def load(
         path: A folder with `config.json` and safetensors: dense, or `compressed-tensors` in compressed state.
         dtype: What floating-point weights are cast to, and decoded weights are rounded to.
         device: Where the model goes.
+        trust_remote_code: Run model code that comes with the checkpoint, where transformers has none of its own.
 
     Raises:
         CheckpointError: Unreadable, incomplete or inconsistent; missing, unexpected, mis-shaped or non-finite tensors.
@@ -45,8 +52,10 @@ def load(
     """
     path, device = Path(path), torch.device(device)
     source, schemes = open_checkpoint(path)
-    model = _build(path, dtype)
+    model = _build(path, dtype, trust_remote_code)
     _keep_float32(model, dtype)
+    if isinstance(schemes, Schemes) and schemes.kv_cache:
+        _quantize_caches(model, source, dtype)
     layout = read_layout(model, source, schemes, dtype)
     _fill_dense(model, source, layout, device)
     for name, weight in layout.linears.items():
@@ -74,20 +83,38 @@ def execution_path(model: nn.Module, m: int = 1) -> str:
     kernels, formats = set(), set()
     for layer in layers:
         packed = layer.packed
-        device = packed.tensors["weight_packed"].device
+        device = next(iter(packed.tensors.values())).device
         kernels.add(dispatch.pick(dispatch.linear_problem(packed, layer.fmt, m, layer.dtype, device)).name)
         formats.add(layer.fmt.name)
     return f"{'+'.join(sorted(kernels))}-{dtype} (packed {'+'.join(sorted(formats))})"
 
 
-def _build(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+def _build(path: Path, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
     """Build the class named in the config: parameters on meta, buffers real, as many are computed and not stored."""
-    config = read_config(path)
+    config = read_config(path, trust_remote_code)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # transformers would build its own quantized layers
     with init_empty_weights(include_buffers=False), quiet():
-        model: PreTrainedModel = model_class(path, config)._from_config(config, dtype=dtype)
+        model: PreTrainedModel = model_class(path, config, trust_remote_code)._from_config(config, dtype=dtype)
     return model
+
+
+def _quantize_caches(model: PreTrainedModel, source: Source, dtype: torch.dtype) -> None:
+    """Give attention modules the cache scales the checkpoint has for them, and let them compute with them.
+
+    Raises:
+        CheckpointError: The config promises scales, but there are none.
+    """
+    found = {
+        name.rpartition(".")[0] for name in source.tensors if name.endswith(tuple(f".{s}" for s in kv_cache.SCALES))
+    }
+    if not found:
+        raise CheckpointError(f"{source.path}: has a kv_cache_scheme but no k_scale", "the checkpoint is incomplete")
+    for name in sorted(found & {name for name, _ in model.named_modules()}):
+        module = model.get_submodule(name)
+        for suffix in kv_cache.SCALES:
+            module.register_buffer(suffix, torch.empty(1, dtype=dtype, device="meta"))
+        kv_cache.simulate(module)
 
 
 def _keep_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -53,14 +53,16 @@ class PackedLinear(nn.Module):
                 if suffix in stored:
                     raise UnsupportedError(f"two input operations store {suffix}", "use each operation at most once")
                 stored[suffix] = tensor
-        for suffix, tensor in stored.items():
-            self.register_buffer(suffix, tensor)
+        # Not register_buffer: formats whose codes are stored as `weight` would meet the property of that name.
+        self._buffers.update(stored)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     @property
     def packed(self) -> PackedTensor:
         """The weight as it lies on disk; shares memory with the module."""
-        tensors = {suffix: self.get_buffer(suffix) for suffix in self._suffixes}
+        # Not get_buffer, which would decode a buffer named `weight`.
+        buffers = cast(Mapping[str, Tensor], self._buffers)
+        tensors = {suffix: buffers[suffix] for suffix in self._suffixes}
         return PackedTensor(self.fmt.name, (self.out_features, self.in_features), tensors)
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -11,12 +12,16 @@ from torch import Tensor
 from compressor.checkpoint.source import DTYPES, Source, TensorInfo, read_header, read_json, shard_files
 from compressor.errors import CheckpointError
 from compressor.formats.base import PackedTensor, QuantFormat
+from compressor.formats.native import QUANT_METHOD, NativeSchemes
 from compressor.formats.schemes import Schemes
 
 PACKED = ".weight_packed"
 
-_LINEAR = ("Linear", "Module")
-"""Class names of everything that is stored packed; experts are no modules in memory, but linear layers on disk."""
+_CODES = ("F8_E4M3", "I8")
+"""Dtypes of codes that fill whole bytes: they are stored as `weight`, and a `weight_scale` beside it tells."""
+
+AnySchemes: TypeAlias = Schemes | NativeSchemes
+"""How a config says which module is stored in which format."""
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -39,7 +44,7 @@ class KeyMismatch(CheckpointError):
         super().__init__(f"{path}: tensors {'; '.join(parts)}", "does config.json belong to these weights?")
 
 
-def open_checkpoint(path: Path) -> tuple[Source, Schemes | None]:
+def open_checkpoint(path: Path) -> tuple[Source, AnySchemes | None]:
     """Read config and headers of a dense or compressed checkpoint; the second value is None for a dense one.
 
     Raises:
@@ -58,7 +63,12 @@ def open_checkpoint(path: Path) -> tuple[Source, Schemes | None]:
     quantization = config.get("quantization_config")
     if quantization is not None and not isinstance(quantization, dict):
         raise CheckpointError(f"{path}: quantization_config is not an object", "config.json is damaged")
-    schemes = None if quantization is None else Schemes.parse(quantization)
+    if quantization is not None and quantization.get("quant_method") == "fp8":
+        return Source.open(path), None  # block FP8 has no packed form here: decoded as it is read
+    schemes: AnySchemes | None = None
+    if quantization is not None:
+        native = quantization.get("quant_method") == QUANT_METHOD
+        schemes = NativeSchemes.parse(quantization) if native else Schemes.parse(quantization)
     return Source(path, str(path), None, config, tensors), schemes
 
 
@@ -75,8 +85,8 @@ def dequantized(path: str | Path) -> Iterator[tuple[str, Tensor]]:
     modules = set(packed_modules(source))
     for name in source.tensors:
         module, _, suffix = name.rpartition(".")
-        if module in modules and suffix.startswith("weight_"):
-            if not name.endswith(PACKED):
+        if module in modules and (suffix == "weight" or suffix.startswith("weight_")):
+            if name != codes_name(source, module):
                 continue
             fmt = format_of((module,), schemes, _scale_dtype(source, module))
             shape = _stored_shape(source, module, fmt)
@@ -92,6 +102,9 @@ def dequantized(path: str | Path) -> Iterator[tuple[str, Tensor]]:
 def packed_modules(source: Source) -> frozenset[str]:
     """Return the names on disk of the modules with packed weights.
 
+    Those are modules with a `weight_packed`, and those whose `weight` is of one-byte codes: in a checkpoint that says
+    it is quantized any such one (so that a missing scale is noticed), elsewhere if a scale is stored beside it.
+
     Raises:
         CheckpointError: A packed weight has a dense one beside it.
     """
@@ -99,10 +112,17 @@ def packed_modules(source: Source) -> frozenset[str]:
     for module in sorted(modules):
         if f"{module}.weight" in source.tensors:
             raise CheckpointError(f"{module}: has both weight and weight_packed", "one must go: which is meant?")
-    return modules
+    quantized = "quantization_config" in source.config
+    codes = (name for name, info in source.tensors.items() if name.endswith(".weight") and info.dtype in _CODES)
+    return modules | {name.removesuffix(".weight") for name in codes if quantized or f"{name}_scale" in source.tensors}
 
 
-def format_of(names: Sequence[str], schemes: Schemes | None, dtype: torch.dtype) -> QuantFormat:
+def codes_name(source: Source, module: str) -> str:
+    """Return the name of the tensor that holds a packed module's codes."""
+    return module + PACKED if module + PACKED in source.tensors else f"{module}.weight"
+
+
+def format_of(names: Sequence[str], schemes: AnySchemes | None, dtype: torch.dtype) -> QuantFormat:
     """Return the format a packed module is stored in.
 
     Args:
@@ -114,13 +134,12 @@ def format_of(names: Sequence[str], schemes: Schemes | None, dtype: torch.dtype)
         CheckpointError: The config assigns none to it.
         UnsupportedError: One that is not supported.
     """
-    groups = [schemes.group_of(name, _LINEAR) for name in names] if schemes else []
-    group = next((entry for entry in groups if entry), None)
-    if group is None:
+    fmt = schemes.find(names, dtype) if schemes else None
+    if fmt is None:
         raise CheckpointError(
             f"{names[0]}: is stored packed, but quantization_config assigns it no scheme", "config.json is incomplete"
         )
-    return group.build(dtype)
+    return fmt
 
 
 def check_stored(source: Source, module: str, fmt: QuantFormat, shape: tuple[int, int]) -> None:
@@ -157,7 +176,7 @@ def assemble(module: str, fmt: QuantFormat, shape: tuple[int, int], tensors: dic
         tensor = tensors[name].to(slot.dtype)
         if bad := _bad_scales(suffix, tensor):
             raise CheckpointError(
-                f"{name}: {bad} of {tensor.numel()} scales are NaN, Inf or not a scale", "the checkpoint is damaged"
+                f"{name}: {bad} of {tensor.numel()} values are NaN, Inf or no scale", "the checkpoint is damaged"
             )
         if suffix == "weight_shape" and tuple(tensor.tolist()) != shape:
             raise CheckpointError(
@@ -196,7 +215,7 @@ def _stored_shape(source: Source, module: str, fmt: QuantFormat) -> tuple[int, i
             )
         rows, columns = source.read([name])[name].tolist()
         return rows, columns
-    info = source.tensors[module + PACKED]
+    info = source.tensors[codes_name(source, module)]
     if len(info.shape) != 2:
         raise CheckpointError(f"{info.name}: is {list(info.shape)}, no matrix", "the file is damaged")
     return info.shape[0], info.shape[1] * 8 * DTYPES[info.dtype].itemsize // fmt.bits

@@ -90,10 +90,15 @@ def tiny_bert(seed: int = 0) -> PreTrainedModel:
     return _random(lambda: BertModel(config), seed)
 
 
-def tiny_olmoe(seed: int = 0) -> PreTrainedModel:
+def tiny_olmoe(seed: int = 0, *, hidden_size: int = 64, intermediate_size: int = 64) -> PreTrainedModel:
     """Build an OLMoE: four experts per layer, two per token, not renormalised."""
     config = OlmoeConfig(
-        **_TEXT, num_hidden_layers=2, intermediate_size=64, num_experts=4, num_experts_per_tok=2, norm_topk_prob=False
+        **{**_TEXT, "hidden_size": hidden_size},
+        num_hidden_layers=2,
+        intermediate_size=intermediate_size,
+        num_experts=4,
+        num_experts_per_tok=2,
+        norm_topk_prob=False,
     )
     return _random(lambda: OlmoeForCausalLM(config), seed)
 

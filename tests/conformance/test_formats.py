@@ -10,9 +10,13 @@ from torch import Tensor
 
 from compressor.errors import NumericalError, UnsupportedError
 from compressor.formats import BUILDERS, get_format, parse_group_size
-from compressor.formats.base import PackedTensor, QParams, SearchableFormat
+from compressor.formats.base import PackedTensor, QParams, QuantFormat, SearchableFormat
+from compressor.formats.codebook import Codebook
+from compressor.formats.float4 import Float4
+from compressor.formats.fp8 import FP8
 from compressor.formats.ints import IntFormat
 from compressor.formats.mxfp4 import MXFP4
+from compressor.formats.mxfp8 import MXFP8
 from compressor.formats.nvfp4 import NVFP4
 from compressor.testing import FormatConformance
 from compressor.testing.formats import failing_checks
@@ -42,11 +46,35 @@ class TestMXFP4(FormatConformance):
     formats = (MXFP4(),)
 
 
+class TestFP8(FormatConformance):
+    formats = (FP8("channel", BF16), FP8("tensor", BF16), FP8("block", BF16))
+
+
+class TestFP8ScaleDtypes(FormatConformance):
+    formats = (FP8("channel", FP32), FP8("tensor", FP16), FP8("block", FP32))
+
+
+class TestMXFP8(FormatConformance):
+    formats = (MXFP8(),)
+
+
+class TestCodebook(FormatConformance):
+    formats = (
+        *(Codebook(bits, group) for bits in (2, 3, 4) for group in (32, None)),
+        # A power-law grid in no order, with an entry twice and one more negative than positive ones.
+        Codebook(3, None, (1.0, -0.5, 0.25, 0.0, -0.25, 0.5, -1.25, 0.25)),
+    )
+
+
+class TestFloat4(FormatConformance):
+    formats = (Float4(), Float4("hybrid"), Float4("reference"))
+
+
 def test_registry_builds_each_format_under_its_name() -> None:
     for name in BUILDERS:
         fmt = get_format(name, parse_group_size(name, None), BF16)
         assert fmt.name == name
-        assert isinstance(fmt, SearchableFormat) == (name in ("nvfp4", "mxfp4"))
+        assert isinstance(fmt, SearchableFormat) == (name in ("nvfp4", "mxfp4", "fp4"))
 
 
 @pytest.mark.parametrize(
@@ -109,6 +137,23 @@ class BlindToNaN(IntFormat):
         return super().fit(torch.nan_to_num(w, 0.0, 1.0, -1.0))
 
 
+class SwappedTiles(FP8):
+    """Counts tiles from the last row and column."""
+
+    def encode(self, w: Tensor, q: QParams) -> Tensor:
+        return super().encode(w, replace(q, scale=q.scale.flip(0, 1)))
+
+    def decode(self, codes: Tensor, q: QParams) -> Tensor:
+        return super().decode(codes, replace(q, scale=q.scale.flip(0, 1)))
+
+
+class RoundingUp(Float4):
+    """Rounds ties of the search away from zero."""
+
+    def round(self, w: Tensor, q: QParams) -> Tensor:
+        return super().round(w * (1 + 2.0**-22), q)
+
+
 @pytest.mark.parametrize(
     ("fmt", "check"),
     [
@@ -119,10 +164,13 @@ class BlindToNaN(IntFormat):
         (HalfStepOff(4, 64, BF16), "test_zero_groups_and_rows_have_usable_scales"),
         (TruncatingCodes(4, 64, BF16), "test_codes_are_the_nearest"),
         (BlindToNaN(4, 64, BF16), "test_nan_and_infinity_are_refused"),
+        (SwappedTiles("block", BF16), "test_one_row_and_one_group_equal_their_part_of_a_matrix"),
+        (SwappedTiles("block", BF16), "test_min_max_covers_the_weights"),
+        (RoundingUp(), "test_rounding_is_decoding_what_was_encoded"),
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
-def test_the_suite_catches_broken_formats(fmt: IntFormat | NVFP4, check: str) -> None:
+def test_the_suite_catches_broken_formats(fmt: QuantFormat, check: str) -> None:
     assert check in failing_checks(fmt)
 
 

@@ -10,6 +10,8 @@ import torch
 
 import compressor.methods
 from compressor.formats import BUILDERS, get_format, parse_group_size
+from compressor.formats.codebook import Codebook
+from compressor.formats.float4 import Float4
 from compressor.methods import METHODS, SUMMARIES, get_method
 from compressor.methods.base import describe_options
 from compressor.methods.fp4 import FP4, FP4Options
@@ -20,12 +22,15 @@ from compressor.testing.layers import correlated_inputs, fused_layers, heavy_tai
 
 class TestRTN(MethodConformance):
     method = RTN()
-    formats = ("int2", "int3", "int4", "int8", "nvfp4", "mxfp4")
+    formats = (
+        *("int2", "int3", "int4", "int8", "nvfp4", "mxfp4", "fp4", "fp8", "fp8-tensor", "fp8-block", "mxfp8"),
+        Codebook(4, 32),
+    )
 
 
 class TestFP4(MethodConformance):
     method = FP4()
-    formats = ("nvfp4", "mxfp4")
+    formats = ("nvfp4", "mxfp4", "fp4", Float4("reference"), Float4("hybrid"))
 
 
 class TestFP4WithoutSweeps(MethodConformance):
@@ -33,12 +38,12 @@ class TestFP4WithoutSweeps(MethodConformance):
     formats = ("nvfp4", "mxfp4")
 
 
-def test_fp4_refuses_integers() -> None:
+def test_fp4_refuses_what_is_no_4_bit_float() -> None:
     for name in BUILDERS:
         fmt = get_format(name, parse_group_size(name, None), torch.bfloat16)
         layers = fused_layers((), fmt, [heavy_tailed_weights(2, 64)], correlated_inputs(64))
         reason = FP4().refuse(layers[0].ref, fmt)
-        assert (reason is None) == (name in ("nvfp4", "mxfp4")), name
+        assert (reason is None) == (name in ("nvfp4", "mxfp4", "fp4")), name
         assert reason is None or name in reason
 
 

@@ -1,8 +1,6 @@
 """The whole way on tiny models: quantize, look at what is written, reload in this package and in stock transformers."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,41 +13,18 @@ from compressor.checkpoint.blocks import first_tensor
 from compressor.errors import RecipeError
 from compressor.runtime import dequantized
 from compressor.testing import models
+from compressor.testing.stock import Case, load_stock
 from compressor.testing.tools import run_cli, save_checkpoint, tree_hash, write_text
 
-STOCK = """
-import json, sys, torch, transformers
-from safetensors.torch import save_file
-transformers.logging.set_verbosity_error(); transformers.logging.disable_progress_bar()
-answers = {}
-for name, (folder, cls, dtype, out) in json.load(sys.stdin).items():
-    cls = getattr(transformers, cls)
-    model, info = cls.from_pretrained(folder, dtype=getattr(torch, dtype), output_loading_info=True)
-    with torch.no_grad():
-        model(torch.zeros(1, 2, dtype=torch.long))  # the reader decompresses on the first forward
-    weights = {k: v.clone() for k, v in model.state_dict().items() if k.endswith(("weight", "proj")) and v.ndim > 1}
-    save_file({k: v.contiguous() for k, v in weights.items()}, out)
-    answers[name] = {k: len(v) for k, v in info.items()}
-assert "compressor" not in sys.modules
-print(json.dumps(answers))
-"""
 
-
-def stock_weights(cases: dict[str, tuple[Path, str, str]], scratch: Path) -> dict[str, dict[str, torch.Tensor]]:
-    """Load folders with stock transformers, in one process that never imports this package.
-
-    Args:
-        cases: Name -> folder, auto class, dtype.
-        scratch: Where the process leaves what it loaded.
-    """
-    job = {name: [str(folder), cls, dtype, str(scratch / f"{name}.st")] for name, (folder, cls, dtype) in cases.items()}
-    done = subprocess.run(
-        [sys.executable, "-c", STOCK], input=json.dumps(job), capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    for name, info in json.loads(done.stdout.splitlines()[-1]).items():
-        assert info["missing_keys"] == info["unexpected_keys"] == info["mismatched_keys"] == 0, (name, info)
-    return {name: load_file(scratch / f"{name}.st") for name in cases}
+def stock_weights(cases: dict[str, Case], scratch: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """Load folders with stock transformers; every one must load, with all keys in place."""
+    out = {}
+    for name, loaded in load_stock(cases, scratch).items():
+        assert loaded.error is None, (name, loaded.error)
+        assert not loaded.wrong_keys, (name, loaded.wrong_keys)
+        out[name] = loaded.weights
+    return out
 
 
 def quantize(model: PreTrainedModel, tmp_path: Path, **options: object) -> Path:
@@ -83,7 +58,7 @@ def test_dense_loads_bit_equal_in_stock_transformers(tmp_path: Path) -> None:
             outs[case] = quantize(model, folder, data=str(text), n_samples=6, seq_len=32, **options)
             # The readers of 4-bit floats decompress to bf16 whatever the checkpoint's dtype.
             read_as = "bfloat16" if "fp4" in name or dtype is torch.bfloat16 else "float32"
-            cases[case] = (outs[case], "AutoModelForCausalLM", read_as)
+            cases[case] = Case(outs[case], read_as)
     for case, theirs in stock_weights(cases, tmp_path).items():
         ours = dict(dequantized(outs[case]))
         compared = [name for name in theirs if name in ours and name.endswith("_proj.weight")]
@@ -102,7 +77,7 @@ def test_experts_load_bit_equal_in_stock_transformers(tmp_path: Path) -> None:
             outs[case] = quantize(
                 model, tmp_path / case, method=method, format=format_name, data=str(text), n_samples=8, seq_len=32
             )
-            cases[case] = (outs[case], "AutoModelForCausalLM", "bfloat16")
+            cases[case] = Case(outs[case])
     for case, theirs in stock_weights(cases, tmp_path).items():
         ours = dict(dequantized(outs[case]))
         prefix = next(name for name in ours if "layers.1." in name and ".experts." in name).partition("experts.")[0]
@@ -122,7 +97,7 @@ def test_encoder_keeps_its_biases(tmp_path: Path) -> None:
         expected = first_tensor(model(input_ids=inputs))
         got = first_tensor(compressor.load(out)(input_ids=inputs))
     assert (got - expected).norm() / expected.norm() < 0.02  # int8: close, and certainly with biases
-    assert stock_weights({"bert": (out, "AutoModel", "float32")}, tmp_path)["bert"]
+    assert stock_weights({"bert": Case(out, "float32", "AutoModel")}, tmp_path)["bert"]
 
 
 def test_output_is_smaller_and_keeps_dense_tensors_exactly(tmp_path: Path) -> None:
@@ -163,7 +138,7 @@ def test_same_seed_same_bytes_and_sharding(tmp_path: Path, monkeypatch: pytest.M
     one, many = dict(dequantized(tmp_path / "a")), dict(dequantized(tmp_path / "c"))
     assert one.keys() == many.keys()
     assert all(torch.equal(one[name], many[name]) for name in one)
-    assert stock_weights({"c": (tmp_path / "c", "AutoModelForCausalLM", "bfloat16")}, tmp_path)["c"]
+    assert stock_weights({"c": Case(tmp_path / "c")}, tmp_path)["c"]
 
 
 def test_searched_scales_beat_rounding_on_the_model_itself(tmp_path: Path) -> None:

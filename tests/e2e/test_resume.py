@@ -181,7 +181,7 @@ def test_disk_full(setup: tuple[Path, list[str]]) -> None:
 def test_failed_verification_does_not_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from compressor.verify import VerificationResult
 
-    def disagree(folder: Path, probe: Path) -> VerificationResult:
+    def disagree(folder: Path, probe: Path, **_: object) -> VerificationResult:
         return VerificationResult(False, 1.0, 0.5, 1e-4, (), (), None, 0.0)
 
     source = save_checkpoint(models.tiny_llama(), tmp_path / "source")

@@ -14,7 +14,6 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import gguf
 import pytest
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,6 +25,7 @@ from compressor.checkpoint.cache import cache_root, file_sha256
 from compressor.checkpoint.default_model import EMBEDDED, EmbeddedModel, resolve_embedded
 from compressor.checkpoint.gguf_convert import load_gguf, off_lattice, write_checkpoint
 from compressor.errors import CheckpointError, HubError, RecipeError, ResourceError, UnsupportedError
+from compressor.testing.gguf_files import write_gguf
 from compressor.testing.models import tiny_tokenizer
 
 VOCAB = len(tiny_tokenizer())
@@ -187,57 +187,9 @@ def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
 # --- GGUF ---
 
 
-def _for_gguf(weight: Tensor, n_heads: int) -> Tensor:
-    """Reorder the rows of q or k from halves to interleaved pairs, the rotary order GGUF uses."""
-    return weight.unflatten(0, (n_heads, 2, -1)).swapaxes(1, 2).flatten(0, 2)
-
-
-def write_gguf(path: Path, model: Any, *, splitting: str = "smollm") -> None:
-    """Write a Llama with linear weights in Q4_1, as the real model has them."""
-    config, q4 = model.config, gguf.GGMLQuantizationType.Q4_1
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_name("A tiny stray name")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
-    writer.add_vocab_size(config.vocab_size)
-    backend = json.loads(tiny_tokenizer().backend_tokenizer.to_str())["model"]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(splitting)
-    writer.add_token_list(list(backend["vocab"]))
-    writer.add_token_types([3 if i < 3 else 1 for i in range(VOCAB)])
-    writer.add_token_merges([" ".join(merge) for merge in backend["merges"]])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
-    writer.add_unk_token_id(2)
-    writer.add_pad_token_id(2)
-    writer.add_add_bos_token(False)
-    writer.add_chat_template(tiny_tokenizer(chat_template=True).chat_template)
-    parts = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate",
-             "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "self_attn.q_proj": "attn_q",
-             "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output"}  # fmt: skip
-    writer.add_tensor("token_embd.weight", model.model.embed_tokens.weight.detach().numpy())
-    writer.add_tensor("output_norm.weight", model.model.norm.weight.detach().numpy())
-    for index, layer in enumerate(model.model.layers):
-        for ours, theirs in parts.items():
-            weight = layer.get_submodule(ours).weight.detach()
-            heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(theirs)
-            weight = _for_gguf(weight, heads) if heads else weight
-            name = f"blk.{index}.{theirs}.weight"
-            if weight.ndim == 1:
-                writer.add_tensor(name, weight.numpy())
-            else:
-                writer.add_tensor(name, gguf.quants.quantize(weight.contiguous().numpy(), q4), raw_dtype=q4)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+def in_blocks(name: str) -> str:
+    """Linear weights in Q4_1, as the real model has them."""
+    return "F32" if name == "token_embd.weight" else "Q4_1"
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +197,7 @@ def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
     model = tiny_model(10)
     plant_lattice(model, seed=11)
-    write_gguf(path, model)
+    write_gguf(path, model, in_blocks, splitting="smollm")
     return path
 
 
@@ -266,8 +218,8 @@ def test_gguf_splitting_rule_is_restored(gguf_file: Path, tmp_path: Path) -> Non
     _, tokenizer = load_gguf(gguf_file.parent, gguf_file.name)
     split = [piece for piece, _ in tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("on  34\n\n5")]
     assert split == ["on", "ĠĠ", "3", "4", "ĊĊ", "5"]
-    write_gguf(tmp_path / "other.gguf", tiny_model(12), splitting="llama-bpe")
-    with pytest.raises(UnsupportedError, match="rule 'llama-bpe'"):
+    write_gguf(tmp_path / "other.gguf", tiny_model(12), in_blocks, splitting="klingon")
+    with pytest.raises(UnsupportedError, match="rule 'klingon'"):
         load_gguf(tmp_path, "other.gguf")
 
 

@@ -11,15 +11,21 @@ from compressed_tensors.compressors.nvfp4.helpers import pack_fp4_to_uint8
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.lifecycle.forward import dequantize, quantize
-from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+from compressed_tensors.quantization.utils import (
+    calculate_qparams,
+    generate_gparam,
+    maybe_pad_tensor_for_block_quant,
+)
 from compressed_tensors.quantization.utils.mxfp_utils import generate_mx_scales
 from torch import Tensor
 
 from compressor.errors import CheckpointError
 from compressor.formats.base import PackedTensor, QParams, QuantFormat
 from compressor.formats.e2m1 import E2M1_VALUES
+from compressor.formats.fp8 import FP8
 from compressor.formats.ints import IntFormat
 from compressor.formats.mxfp4 import MXFP4
+from compressor.formats.mxfp8 import MXFP8
 from compressor.formats.nvfp4 import NVFP4
 
 BF16 = torch.bfloat16
@@ -29,22 +35,34 @@ INTS = [IntFormat(bits, 64, BF16) for bits in range(2, 9)] + [
     IntFormat(3, None, BF16),
     IntFormat(8, None, torch.float32),
 ]
-FORMATS: list[QuantFormat] = [*INTS, NVFP4(), MXFP4()]
+FP8S = [FP8(granularity, dtype) for granularity in ("channel", "tensor", "block") for dtype in (BF16, torch.float32)]
+FORMATS: list[QuantFormat] = [*INTS, *FP8S, FP8("channel", torch.float16), NVFP4(), MXFP4(), MXFP8()]
 
 
 def label(fmt: QuantFormat) -> str:
     return f"{fmt.name}-{fmt.group_size}-{getattr(fmt, 'dtype', '')}"
 
 
-@pytest.fixture(params=["float32", "bf16-origin"])
-def weights(request: pytest.FixtureRequest) -> Tensor:
-    """Float32 weights `[48, 192]` of uneven groups, with a zero row, zero groups and single zeros."""
+def uneven_weights(rows: int) -> Tensor:
+    """Float32 weights `[rows, 192]` of uneven groups, with a zero row, zero groups, single zeros and tiny weights."""
     rng = torch.Generator().manual_seed(20240)
-    size = torch.exp(torch.randn(48, 6, 1, generator=rng))
-    w = (0.02 * size * torch.randn(48, 6, 32, generator=rng)).flatten(1)
+    size = torch.exp(torch.randn(rows, 6, 1, generator=rng))
+    w = (0.02 * size * torch.randn(rows, 6, 32, generator=rng)).flatten(1)
     w[7] = 0
     w[9, 64:128] = 0
     w[torch.rand(w.shape, generator=rng) < 0.1] = 0
+    w[3, 5:9] = -1e-9  # rounds to zero, in every format
+    return w
+
+
+@pytest.fixture(params=["float32", "bf16-origin", "several row blocks"])
+def weights(request: pytest.FixtureRequest) -> Tensor:
+    """See `uneven_weights`: 48 rows, or 300 of which one tile of 128 x 128 is zero; tiles fit in no direction."""
+    if request.param == "several row blocks":
+        w = uneven_weights(300)
+        w[128:256, 128:] = 0
+        return w
+    w = uneven_weights(48)
     return w if request.param == "float32" else w.to(BF16).float()
 
 
@@ -55,23 +73,33 @@ def their_args(fmt: QuantFormat) -> QuantizationArgs:
 def their_params(fmt: QuantFormat, w: Tensor) -> tuple[Tensor, Tensor | None]:
     """Scale in float32 (or powers of two) and global scale, as their observers would compute them."""
     args = their_args(fmt)
-    if isinstance(fmt, IntFormat):
+    if isinstance(fmt, IntFormat | FP8):
         args.scale_dtype = fmt.dtype  # rounds the scale before it is used, as a reader of the checkpoint will see it
-    groups = w.unflatten(-1, (-1, fmt.group_size or w.shape[-1]))
+    groups = their_groups(fmt, w)
     divisor = generate_gparam(w.min(), w.max()) if fmt.has_global_scale else None
     scale, _ = calculate_qparams(groups.amin(-1), groups.amax(-1), args, global_scale=divisor)
     return scale, divisor
 
 
+def their_groups(fmt: QuantFormat, w: Tensor) -> Tensor:
+    """The weights under each scale, along the last dimension."""
+    if isinstance(fmt, FP8) and fmt.granularity == "tensor":
+        return w.flatten()[None]
+    if isinstance(fmt, FP8) and fmt.granularity == "block":
+        blocks = maybe_pad_tensor_for_block_quant(w, (128, 128)).unflatten(1, (-1, 128)).unflatten(0, (-1, 128))
+        return blocks.transpose(1, 2).flatten(-2)  # [row blocks, column blocks, 128 * 128]
+    return w.unflatten(-1, (-1, fmt.group_size or w.shape[-1]))
+
+
 def their_codes(fmt: QuantFormat, w: Tensor) -> Tensor:
-    """Their rounded values on the unscaled grid: integers, or E2M1 values with the sign of zero kept."""
+    """Their rounded values on the unscaled grid: integers, or float values with the sign of zero kept."""
     scale, divisor = their_params(fmt, w)
     return quantize(w, scale, None, their_args(fmt), global_scale=divisor)
 
 
 def state(fmt: QuantFormat, w: Tensor) -> dict[str, Tensor]:
     scale, divisor = their_params(fmt, w)
-    stored = {"weight": w, "weight_scale": scale.to(fmt.dtype) if isinstance(fmt, IntFormat) else scale}
+    stored = {"weight": w, "weight_scale": scale.to(fmt.dtype) if isinstance(fmt, IntFormat | FP8) else scale}
     return stored if divisor is None else {**stored, "weight_global_scale": divisor}
 
 
@@ -90,7 +118,7 @@ def ours(fmt: QuantFormat, w: Tensor) -> tuple[Tensor, QParams, PackedTensor]:
 def test_scales(fmt: QuantFormat, weights: Tensor) -> None:
     q = fmt.fit(weights)
     scale, divisor = their_params(fmt, weights)
-    mine = torch.exp2(q.scale.double() - 127).float() if isinstance(fmt, MXFP4) else q.scale.float()
+    mine = torch.exp2(q.scale.double() - 127).float() if isinstance(fmt, MXFP4 | MXFP8) else q.scale.float()
     assert torch.equal(mine, scale)
     if divisor is None:
         assert q.global_scale is None
@@ -104,11 +132,12 @@ def test_codes(fmt: QuantFormat, weights: Tensor) -> None:
     theirs = their_codes(fmt, weights)
     if isinstance(fmt, IntFormat):
         assert torch.equal(codes.float() - 2 ** (fmt.bits - 1), theirs)
-    else:
-        values = torch.tensor(E2M1_VALUES)[codes.long()]
-        assert torch.equal(values, theirs)
-        assert torch.equal(values.signbit(), theirs.signbit())
-        assert (codes == 8).any(), "no negative weight rounded to zero: the test lost its point"
+        return
+    eight = fmt.bits == 8
+    values = codes.view(torch.float8_e4m3fn).float() if eight else torch.tensor(E2M1_VALUES)[codes.long()]
+    assert torch.equal(values, theirs)
+    assert torch.equal(values.signbit(), theirs.signbit())
+    assert (codes == (128 if eight else 8)).any(), "no negative weight rounded to zero: the test lost its point"
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=label)
@@ -119,6 +148,8 @@ def test_bytes_of_their_packers(fmt: QuantFormat, weights: Tensor) -> None:
         signed = theirs.to(torch.int8)
         assert torch.equal(packed.tensors["weight_packed"], pack_to_int32(signed, fmt.bits))
         assert torch.equal(unpack_from_int32(packed.tensors["weight_packed"], fmt.bits, weights.shape), signed)
+    elif fmt.bits == 8:
+        assert torch.equal(packed.tensors["weight"].view(torch.uint8), theirs.to(torch.float8_e4m3fn).view(torch.uint8))
     else:
         assert torch.equal(packed.tensors["weight_packed"], pack_fp4_to_uint8(theirs))
 
@@ -137,11 +168,11 @@ def test_tensors_of_their_compressor(fmt: QuantFormat, weights: Tensor) -> None:
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=label)
 def test_dense_values_of_their_compressor(fmt: QuantFormat, weights: Tensor) -> None:
-    """They decompress integers to the scale's dtype and 4-bit floats to bf16: our float32, cast once."""
+    """They decompress to the scale's dtype, and where scales are no floats of 16 bits or more to bf16; cast once."""
     codes, q, packed = ours(fmt, weights)
     compressor, scheme = compressor_of(fmt)
     dense = compressor.decompress(dict(packed.tensors), scheme)["weight"]
-    assert dense.dtype == (fmt.dtype if isinstance(fmt, IntFormat) else BF16)
+    assert dense.dtype == (fmt.dtype if isinstance(fmt, IntFormat | FP8) else BF16)
     assert torch.equal(fmt.decode(codes, q).to(dense.dtype), dense)
 
 
@@ -163,14 +194,16 @@ def nasty_magnitudes() -> Iterator[Tensor]:
     yield torch.rand(4096, generator=torch.Generator().manual_seed(3)) * 8
 
 
-def test_mxfp4_exponents_at_every_threshold() -> None:
+@pytest.mark.parametrize(("fmt", "largest", "top"), [(MXFP4(), 252, 7), (MXFP8(), 246, 126)], ids=["mxfp4", "mxfp8"])
+def test_mx_exponents_at_every_threshold(fmt: MXFP4 | MXFP8, largest: int, top: int) -> None:
     magnitudes = torch.cat(list(nasty_magnitudes()))
-    theirs = generate_mx_scales(magnitudes).clamp(0, 252)  # they would store 253 and NaN for the last binade
+    # They would store scales that overflow float32 for the last binade.
+    theirs = generate_mx_scales(magnitudes, fmt.bits).clamp(0, largest)
     w = torch.zeros(len(magnitudes), 32)
     w[:, 5] = -magnitudes
-    q = MXFP4().fit(w)
+    q = fmt.fit(w)
     assert torch.equal(q.scale.flatten().float(), theirs)
-    assert torch.isfinite(MXFP4().decode(torch.full(w.shape, 7, dtype=torch.uint8), q)).all()
+    assert torch.isfinite(fmt.decode(torch.full(w.shape, top, dtype=torch.uint8), q)).all()
 
 
 def test_nvfp4_shares_one_divisor_over_fused_layers(weights: Tensor) -> None:
@@ -205,9 +238,10 @@ def test_nvfp4_reaches_every_fp8_neighbour() -> None:
         assert torch.isin(other, finite).all()
 
 
-def test_nvfp4_global_candidates_search_less_than_one_binade() -> None:
+def test_nvfp4_global_scales_searched_span_less_than_one_binade() -> None:
     given = torch.tensor([1234.5])
-    first, *others = (float(g) for g in NVFP4().global_candidates(given) if g is not None)
+    starts = NVFP4().starts(torch.ones(1, 16), given)
+    first, *others = (float(q.global_scale) for q in starts if q.global_scale is not None)
     assert first == 1234.5
     assert len(others) == len(set(others)) >= 6
     assert all(0.5 < other / first < 1 for other in others)
@@ -220,7 +254,9 @@ def test_mxfp4_candidates_never_reach_nan_or_overflow() -> None:
     assert all((q.scale.int()[0] + step).max() <= 252 and (q.scale.int()[0] + step).min() >= 0 for step in steps)
 
 
-@pytest.mark.parametrize("fmt", [IntFormat(4, 64, BF16), NVFP4(), MXFP4()], ids=label)
+@pytest.mark.parametrize(
+    "fmt", [IntFormat(4, 64, BF16), NVFP4(), MXFP4(), FP8("channel", BF16), FP8("block", BF16), MXFP8()], ids=label
+)
 def test_damaged_tensors_are_refused_by_name(fmt: QuantFormat, weights: Tensor) -> None:
     _, _, packed = ours(fmt, weights)
     tensors = packed.tensors
@@ -229,15 +265,16 @@ def test_damaged_tensors_are_refused_by_name(fmt: QuantFormat, weights: Tensor) 
         {**tensors, "weight_zero_point": tensors["weight_scale"]},
         {**tensors, "weight_scale": tensors["weight_scale"][:, :-1]},
         {**tensors, "weight_scale": tensors["weight_scale"].double()},
-        {**tensors, "weight_packed": tensors["weight_packed"][:-1]},
+        {**tensors, (codes := next(iter(tensors))): tensors[codes][:-1]},
     ]
     for damaged in wrong:
-        with pytest.raises(CheckpointError, match=r"weight_(scale|zero_point|packed)"):
+        with pytest.raises(CheckpointError, match=r"weight(_scale|_zero_point|_packed)?\b"):
             fmt.unpack(PackedTensor(packed.format, packed.shape, damaged))
     with pytest.raises(CheckpointError, match="int3"):
         IntFormat(3, 64, BF16).unpack(packed)
-    with pytest.raises(CheckpointError, match="do not divide"):
-        fmt.unpack(PackedTensor(packed.format, (48, 193), tensors))
+    rows = len(weights)
+    with pytest.raises(CheckpointError, match="for a matrix" if isinstance(fmt, FP8) else "do not divide"):
+        fmt.unpack(PackedTensor(packed.format, (rows, 193), tensors))
 
 
 def test_a_stored_shape_of_another_matrix_is_refused(weights: Tensor) -> None:

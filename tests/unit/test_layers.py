@@ -11,12 +11,12 @@ import compressor
 
 ROOT = Path(compressor.__file__).parent
 LAYERS = [
-    {"errors", "offline"},
+    {"errors", "offline", "_hook"},
     {"formats", "inputs"},
     {"recipe", "decision", "plan", "report"},
     {"kernels", "calibration", "checkpoint"},
     {"methods", "runtime"},
-    {"evals", "verify", "runners"},
+    {"evals", "verify", "runners", "plugin"},
     {"planner", "engine", "estimate", "output"},
     {"api"},
     {"cli"},

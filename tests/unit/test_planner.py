@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedModel
 
+from compressor.api import make_overrides
 from compressor.checkpoint.blocks import BlockSequence
 from compressor.checkpoint.skeleton import Skeleton
 from compressor.checkpoint.source import Source
@@ -20,7 +21,9 @@ def plan_of(model: PreTrainedModel, path: Path, **recipe: object) -> Plan:
     model.save_pretrained(path)
     source, skeleton = Source.open(path), Skeleton.build(path)
     blocks = BlockSequence.find(skeleton.model)
-    made = make_plan(Recipe(model=str(path), **{"method": "rtn", **recipe}), source, skeleton, blocks)
+    skip, formats = recipe.pop("skip", ()), recipe.pop("set", {})
+    wanted = {"method": "rtn", "overrides": make_overrides(formats, skip), **recipe}  # type: ignore[arg-type]
+    made = make_plan(Recipe(model=str(path), **wanted), source, skeleton, blocks)  # type: ignore[arg-type]
     assert {layer.ref.name for layer in made.layers} == set(source.tensors)  # nothing left out
     for layer in made.layers:
         assert (layer.format is None) == bool(layer.kept_because)
@@ -82,11 +85,12 @@ def test_mixture_of_experts(tmp_path: Path) -> None:
 
 
 def test_part_of_an_expert_stack_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="of the same expert stack") as caught:
+    with pytest.raises(RecipeError, match="one scheme for all experts"):
         plan_of(models.tiny_mixtral(), tmp_path, format="int4", skip=("*.w2",))
-    assert '--skip "model.layers.0.block_sparse_moe.experts.*"' in caught.value.hint
-    skip = ("model.layers.0.block_sparse_moe.experts.*",)
-    assert len(plan_of(models.tiny_mixtral(), tmp_path, format="int4", skip=skip).compressed) == 4 * 3 + 2 * 4
+    with pytest.raises(RecipeError, match="one scheme for all experts"):
+        plan_of(models.tiny_mixtral(), tmp_path, format="int4", set={"model.layers.0.*.experts.*": "int8"})
+    plan = plan_of(models.tiny_mixtral(), tmp_path, format="int4", skip=("*.experts.*",))
+    assert len(plan.compressed) == 2 * 4
 
 
 def test_experts_that_stock_readers_get_wrong_are_flagged(tmp_path: Path) -> None:
@@ -130,6 +134,17 @@ def test_skip(tmp_path: Path) -> None:
     assert len(plan.compressed) == 6
 
 
+def test_overrides_last_match_wins(tmp_path: Path) -> None:
+    formats = {"*.mlp.*": "int8", "*.down_proj": "int8:channel", "model.layers.1.self_attn.*": "nvfp4"}
+    plan = plan_of(models.tiny_llama(), tmp_path, format="int4", set=formats, skip=("model.layers.0.self_attn.*",))
+    chosen = {layer.ref.module: (layer.format, layer.group_size) for layer in plan.layers if layer.ref.matrix}
+    assert chosen["model.layers.0.mlp.up_proj"] == ("int8", 64)
+    assert chosen["model.layers.0.mlp.down_proj"] == ("int8", None)
+    assert chosen["model.layers.1.self_attn.o_proj"] == ("nvfp4", 16)
+    assert chosen["model.layers.0.self_attn.o_proj"] == (None, None)
+    assert set(plan.formats) == {("int8", 64), ("int8", None), ("nvfp4", 16)}
+
+
 @pytest.mark.parametrize(
     ("recipe", "kind", "words"),
     [
@@ -142,7 +157,13 @@ def test_skip(tmp_path: Path) -> None:
         ({"format": "int4", "group_size": "x"}, RecipeError, "--group-size 'x'"),
         ({"format": "nvfp4", "group_size": "64"}, RecipeError, "nvfp4 has groups of 16"),
         ({"format": "int4", "skip": ("*.dwn_proj",)}, RecipeError, "matches no tensor"),
-        ({"format": "int4", "skip": ("*.q_proj",)}, RecipeError, "which runtimes fuse with it"),
+        ({"format": "int4", "skip": ("*.q_proj",)}, RecipeError, "runtimes fuse them"),
+        ({"format": "int4", "set": {"*.gate_proj": "int8"}}, RecipeError, "runtimes fuse them"),
+        ({"format": "int4", "set": {"*.down_proj": "int9"}}, RecipeError, "unknown format 'int9'"),
+        ({"format": "int4", "set": {"*.norm": "int8"}}, RecipeError, "matches model.norm.weight, which stays dense"),
+        ({"format": "int4", "set": {"*.dwn_proj": "int8"}}, RecipeError, "--set '*.dwn_proj' matches no tensor"),
+        ({"format": "int4", "set": {"*.down_proj": "int8:48"}}, RecipeError, "do not divide into groups of 48"),
+        ({"method": "fp4", "set": {"*.down_proj": "int8"}}, RecipeError, "method fp4 searches 4-bit float formats"),
         ({"format": "int4", "skip": ("*",)}, UnsupportedError, "nothing to compress"),
     ],
 )

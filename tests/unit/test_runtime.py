@@ -65,7 +65,7 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) ->
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("fmt", ["int4", "nvfp4", "mxfp4"])
+@pytest.mark.parametrize("fmt", ["int4", "nvfp4", "mxfp4", "fp8", "fp8-block"])
 @pytest.mark.parametrize("name", MODELS)
 def test_packed_model_computes_what_the_dequantized_one_does(name: str, fmt: str, tmp_path: Path) -> None:
     model = MODELS[name](17)
@@ -80,7 +80,7 @@ def test_packed_model_computes_what_the_dequantized_one_does(name: str, fmt: str
     packed = load(tmp_path / "packed")
     out, expected = output(packed, tokens), output(reference, tokens)
     assert relative(out, expected) < 1e-5
-    assert relative(output(model, tokens), expected) > 0.01  # the comparison could have failed
+    assert relative(output(model, tokens), expected) > 0.002  # the comparison could have failed
     assert torch.equal(output(load(tmp_path / "dense"), tokens), expected)
     assert execution_path(packed) == f"reference-float32 (packed {fmt})"
     assert not packed.training
@@ -89,8 +89,12 @@ def test_packed_model_computes_what_the_dequantized_one_does(name: str, fmt: str
 
 @pytest.mark.parametrize(
     ("fmt", "dtype"),
-    [(name, dtype) for name in ("int4", "int8", "int3") for dtype in (torch.bfloat16, torch.float32)]
-    + [("nvfp4", torch.bfloat16), ("mxfp4", torch.bfloat16)],
+    [
+        (name, dtype)
+        for name in ("int4", "int8", "int3", "fp8", "fp8-tensor", "fp8-block")
+        for dtype in (torch.bfloat16, torch.float32)
+    ]
+    + [(name, torch.bfloat16) for name in ("nvfp4", "mxfp4", "mxfp8")],
 )
 def test_stock_transformers_reads_the_same_bits(fmt: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model = tiny_llama(23, tied=False, kv_heads=2).to(torch.bfloat16)
@@ -111,7 +115,7 @@ def test_stock_transformers_reads_the_same_bits(fmt: str, dtype: torch.dtype, tm
     assert torch.equal(output(ours, tokens), output(stock, tokens))
 
 
-@pytest.mark.parametrize("fmt", ["int4", "mxfp4"])
+@pytest.mark.parametrize("fmt", ["int4", "mxfp4", "fp8", "fp8-tensor"])
 @pytest.mark.parametrize("name", ["olmoe", "mixtral", "qwen2-moe"])
 def test_stock_transformers_reads_the_same_experts(name: str, fmt: str, tmp_path: Path) -> None:
     model = MODELS[name](29).to(torch.bfloat16)
@@ -314,6 +318,15 @@ def poisoned(value: float) -> Callable[[Tensor], Tensor]:
         ("mxfp4", replaced(f"{Q_PROJ}.weight_scale", poisoned(255)), "weight_scale: 1 of"),
         ("nvfp4", replaced(f"{Q_PROJ}.weight_global_scale", lambda t: t * 0), "weight_global_scale: 1 of 1"),
         ("nvfp4", replaced(f"{Q_PROJ}.weight_scale", poisoned(float("nan"))), "weight_scale: 1 of"),
+        ("fp8", lambda t: t.pop(f"{Q_PROJ}.weight_scale"), f"missing: {Q_PROJ}.weight_scale"),
+        ("fp8", lambda t: t.pop(f"{Q_PROJ}.weight"), f"missing: {Q_PROJ}.weight.*unexpected: {Q_PROJ}.weight_scale"),
+        ("fp8", replaced(f"{Q_PROJ}.weight", lambda t: t.float()), f"unexpected: {Q_PROJ}.weight_scale"),
+        ("fp8", replaced(f"{Q_PROJ}.weight", lambda t: t[:, :-1].clone()), r"\[64, 63\].*\[64, 64\]"),
+        ("fp8", replaced(f"{Q_PROJ}.weight", poisoned(float("nan"))), f"{Q_PROJ}.weight: 1 of 4096"),
+        ("fp8", replaced(f"{Q_PROJ}.weight_scale", poisoned(float("inf"))), "weight_scale: 1 of"),
+        ("fp8", lambda t: t.update({f"{Q_PROJ}.weight_zero_point": torch.zeros(64, 1)}), "unexpected.*zero_point"),
+        ("fp8-block", replaced(f"{Q_PROJ}.weight_scale", lambda t: t.repeat(2, 1)), r"\[2, 1\].*\[1, 1\]"),
+        ("mxfp8", replaced(f"{Q_PROJ}.weight_scale", poisoned(255)), "weight_scale: 1 of"),
         ("int4", replaced(NORM, poisoned(float("inf"))), "model.norm.weight: 1 of 64"),
         ("int4", replaced(NORM, lambda t: t[:-1].clone()), "model.norm.weight"),
         (
@@ -428,6 +441,33 @@ def test_weights_tied_by_config_must_agree(tmp_path: Path) -> None:
     edit_tensors(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
     loaded = load(tmp_path)
     assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("fmt", ["fp8", "mxfp8"])
+def test_codes_that_are_named_like_dense_weights_stay_packed_in_memory(fmt: str, tmp_path: Path) -> None:
+    write_compressed(tiny_llama(), tmp_path, make_format(fmt))
+    stored = load_file(tmp_path / "model.safetensors")
+    model = load(tmp_path)
+    layer = model.get_submodule(Q_PROJ)
+    assert isinstance(layer, PackedLinear)
+    assert layer.state_dict().keys() == {"weight", "weight_scale"}
+    assert torch.equal(layer.state_dict()["weight"].view(torch.uint8), stored[f"{Q_PROJ}.weight"].view(torch.uint8))
+    assert layer.weight.dtype == torch.float32
+    layer.to(torch.bfloat16)
+    assert layer.state_dict()["weight"].dtype == torch.float8_e4m3fn
+    assert model.state_dict().keys() == stored.keys() | {"lm_head.weight"}
+
+
+def test_dense_weights_of_one_byte_are_no_codes_unless_a_scale_says_so(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path)
+    name = f"{Q_PROJ}.weight"
+    edit_tensors(tmp_path, replaced(name, lambda t: t.to(torch.float8_e4m3fn)))
+    stored = load_file(tmp_path / "model.safetensors")[name].float()
+    assert torch.equal(load(tmp_path).get_parameter(name), stored)
+    assert torch.equal(dict(dequantized(tmp_path))[name], stored)
+    edit_tensors(tmp_path, lambda t: t.update({f"{name}_scale": torch.ones(64, 1)}))
+    with pytest.raises(CheckpointError, match=f"{Q_PROJ}: is stored packed"):
+        load(tmp_path)
 
 
 def test_casting_to_a_narrow_dtype_must_not_overflow(tmp_path: Path) -> None:

@@ -29,7 +29,9 @@ def config(**changes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("group_size", [32, 64, None])
-@pytest.mark.parametrize("name", ["int2", "int3", "int4", "int8", "nvfp4", "mxfp4"])
+@pytest.mark.parametrize(
+    "name", ["int2", "int3", "int4", "int8", "nvfp4", "mxfp4", "fp8", "fp8-tensor", "fp8-block", "mxfp8"]
+)
 def test_a_scheme_leads_back_to_its_format(name: str, group_size: int | None) -> None:
     fmt = get_format(name, group_size, torch.bfloat16)
     scheme, container = fmt.scheme(), fmt.container
@@ -39,6 +41,15 @@ def test_a_scheme_leads_back_to_its_format(name: str, group_size: int | None) ->
     # What that library writes back has every key spelled out.
     spelled = QuantizationArgs(**scheme).model_dump(mode="json")
     assert format_from_scheme(spelled, container, torch.bfloat16) == fmt
+
+
+def test_native_formats_have_no_scheme() -> None:
+    fmt = get_format("fp4", None, torch.bfloat16)
+    assert fmt.scheme() is None
+    assert fmt.container is None
+
+
+FP8 = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel", "dynamic": False}
 
 
 def test_left_out_keys_have_the_library_defaults() -> None:
@@ -60,6 +71,12 @@ def test_left_out_keys_have_the_library_defaults() -> None:
         ({"type": "float", "group_size": 16}, "mxfp4-pack-quantized", "group_size"),
         ({}, "float-quantized", "float-quantized"),
         ({}, "mxfp8-quantized", "mxfp8-quantized"),
+        ({**FP8, "num_bits": 4}, "float-quantized", "num_bits"),
+        ({**FP8, "strategy": "group", "group_size": 128}, "float-quantized", "strategy"),
+        ({**FP8, "strategy": "block", "block_structure": [64, 128]}, "float-quantized", r"\[64, 128\]"),
+        ({**FP8, "strategy": "block", "block_structure": None}, "float-quantized", "block_structure"),
+        ({**FP8, "strategy": "group", "group_size": 16}, "mxfp8-quantized", "group_size"),
+        ({**FP8, "num_bits": 4, "strategy": "group", "group_size": 32}, "mxfp8-quantized", "num_bits"),
     ],
 )
 def test_what_is_not_ours_is_refused_by_name(changes: dict[str, Any], container: str, reason: str) -> None:

@@ -143,7 +143,7 @@ def test_config_that_is_no_config(folder: Path, text: str) -> None:
 
 def test_already_quantized(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "fp8"}
+    config["quantization_config"] = {"quant_method": "gptq"}
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UnsupportedError, match="is quantized already") as caught:
         Source.open(folder)

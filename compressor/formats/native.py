@@ -1,0 +1,78 @@
+"""Formats of native checkpoints: those that compressed-tensors has no name for, described by ours.
+
+A native checkpoint's `config.json` has `model_type: compressor_<base>`, which stock transformers does not know and
+raises on. (An unknown `quant_method` alone would only warn, and load random weights.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from compressor.errors import CheckpointError
+from compressor.formats import BUILDERS, get_format
+from compressor.formats.base import QuantFormat
+
+QUANT_METHOD = "compressor"
+MODEL_TYPE_PREFIX = "compressor_"
+SCALE_DTYPES = {None: None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+"""Dtype of the scales of formats that store them in the checkpoint's dtype; None for the others."""
+
+
+@dataclass(frozen=True)
+class NativeSchemes:
+    """A parsed native `quantization_config`: module name on disk -> format."""
+
+    entries: tuple[tuple[str, int | None, torch.dtype | None], ...]
+    modules: Mapping[str, int]
+
+    @classmethod
+    def parse(cls, config: Mapping[str, Any]) -> NativeSchemes:
+        """Parse a `quantization_config` object.
+
+        Raises:
+            CheckpointError: It is damaged, or newer than this package.
+        """
+        if config.get("version") != 1:
+            raise CheckpointError(
+                f"quantization_config: version {config.get('version')!r} of native checkpoints is unknown",
+                "upgrade this package",
+            )
+        entries, modules = config.get("formats"), config.get("modules")
+        if not isinstance(entries, list) or not isinstance(modules, Mapping):
+            raise CheckpointError("quantization_config: formats or modules are missing", "config.json is damaged")
+        parsed = []
+        for entry in entries:
+            known = isinstance(entry, Mapping) and entry.get("name") in BUILDERS
+            size = entry.get("group_size") if known else None
+            dtype = entry.get("scale_dtype") if known else None
+            if not known or not (size is None or (isinstance(size, int) and size > 0)) or dtype not in SCALE_DTYPES:
+                raise CheckpointError(f"quantization_config: format {entry!r} is unknown", "upgrade this package")
+            parsed.append((str(entry["name"]), size, SCALE_DTYPES[dtype]))
+        for module, index in modules.items():
+            if not isinstance(index, int) or not 0 <= index < len(parsed):
+                raise CheckpointError(f"quantization_config: {module} has format {index!r}", "config.json is damaged")
+        return cls(tuple(parsed), dict(modules))
+
+    def find(self, names: Sequence[str], dtype: torch.dtype) -> QuantFormat | None:
+        """Return the format of a module, or None if it is dense.
+
+        Args:
+            names: Its name on disk, which is what counts here, and perhaps its name in memory.
+            dtype: Dtype of integer formats' scales.
+        """
+        index = self.modules.get(names[0])
+        if index is None:
+            return None
+        name, group_size, stored = self.entries[index]
+        return get_format(name, group_size, stored or dtype)
+
+
+def native_entry(fmt: QuantFormat) -> dict[str, Any]:
+    """Return the JSON a native config names a format by."""
+    dtype = getattr(fmt, "dtype", None)
+    stored = next(name for name, known in SCALE_DTYPES.items() if known == dtype)
+    return {"name": fmt.name, "group_size": fmt.group_size, "scale_dtype": stored}

@@ -1,0 +1,79 @@
+"""Puts packed modules, still empty, into a model that transformers is about to fill by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from compressor.checkpoint.skeleton import META, Skeleton, Target, without_expert_merging
+from compressor.errors import CheckpointError
+from compressor.formats.base import PackedTensor, QuantFormat
+from compressor.formats.native import NativeSchemes
+from compressor.runtime.modules import PackedExperts, PackedLinear
+
+
+def swap_native(model: PreTrainedModel, config: Mapping[str, Any]) -> None:
+    """Replace every module a native config lists by its packed form, tensors on meta.
+
+    Raises:
+        CheckpointError: The config lists modules the model does not have.
+    """
+    schemes = NativeSchemes.parse(config)
+    # Only an expert's place in its stack depends on shapes, and only on whether gate comes before up.
+    targets = Skeleton(model, META).targets({f"{module}.weight": (1, 1) for module in schemes.modules})
+    dtype = model.dtype
+    experts: dict[str, list[tuple[str, Target, QuantFormat]]] = {}
+    for module in schemes.modules:
+        target = targets[f"{module}.weight"]
+        fmt = schemes.find((module,), dtype)
+        if target.param is None or fmt is None:
+            raise CheckpointError(f"{module}: is listed as packed, but the model has no such weight", "wrong config?")
+        owner = target.param.rpartition(".")[0]
+        if target.where.expert is not None:
+            experts.setdefault(owner, []).append((module, target, fmt))
+            continue
+        linear = model.get_submodule(owner)
+        if not isinstance(linear, nn.Linear):
+            raise CheckpointError(f"{module}: is listed as packed, but is a {type(linear).__name__}", "wrong config?")
+        packed = empty_packed(fmt, (linear.out_features, linear.in_features))
+        model.set_submodule(owner, PackedLinear(packed, fmt, linear.bias, dtype=dtype))
+    for owner, members in experts.items():
+        model.set_submodule(owner, _empty_experts(model.get_submodule(owner), members, dtype))
+
+
+def empty_packed(fmt: QuantFormat, shape: tuple[int, int]) -> PackedTensor:
+    """Return a packed tensor of this shape on meta."""
+    slots = fmt.layout(shape).items()
+    tensors = {suffix: torch.empty(slot.shape, dtype=slot.dtype, device=META) for suffix, slot in slots}
+    return PackedTensor(fmt.name, shape, tensors)
+
+
+def without_stacking(conversions: list[Any], model: nn.Module) -> list[Any]:
+    """Drop the conversions that merge experts into stacks if the model keeps them packed one by one."""
+    packed = any(isinstance(module, PackedExperts) for module in model.modules())
+    return without_expert_merging(conversions) if packed else conversions
+
+
+def _empty_experts(
+    stack: nn.Module, members: list[tuple[str, Target, QuantFormat]], dtype: torch.dtype
+) -> PackedExperts:
+    layers: dict[int, dict[str, PackedLinear]] = {}
+    roles: dict[str, str] = {}
+    for module, target, fmt in members:
+        assert target.param is not None
+        assert target.where.expert is not None
+        leaf, fused = module.rpartition(".")[2], target.param.rpartition(".")[2]
+        _, rows, columns = stack.get_parameter(fused).shape
+        role = fused.removesuffix("_proj")
+        if target.where.rows is not None:
+            rows, role = rows // 2, "gate" if target.where.rows[0] == 0 else "up"
+        roles[role] = leaf
+        layer = PackedLinear(empty_packed(fmt, (rows, columns)), fmt, dtype=dtype)
+        layers.setdefault(target.where.expert, {})[leaf] = layer
+    # Its stacks are gone: nothing of it is left for transformers to initialize.
+    stack._is_hf_initialized = True  # type: ignore[assignment]
+    return PackedExperts(stack, [layers[index] for index in sorted(layers)], roles)
