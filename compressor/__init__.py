@@ -1,8 +1,8 @@
 """Compress Hugging Face checkpoints: quantize, write, reload, measure.
 
-The public API is what this module exports: `quantize`, `load`, and the errors in `compressor.errors`. Importing it is
-cheap; torch and transformers load when a function is first touched. It also lets transformers load native checkpoints,
-from the moment transformers is imported.
+The public API is what this module exports: `quantize`, `evaluate`, `load`, and the errors in `compressor.errors`.
+Importing it is cheap; torch and transformers load when a function is first touched. It also lets transformers load
+native checkpoints, from the moment transformers is imported.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ _hook.install()
 
 if TYPE_CHECKING:
     from compressor.api import quantize
+    from compressor.measure import evaluate
     from compressor.runtime import load
 
-_LAZY = {"quantize": "compressor.api", "load": "compressor.runtime"}
+_LAZY = {"quantize": "compressor.api", "evaluate": "compressor.measure", "load": "compressor.runtime"}
 
-__all__ = ["__version__", "load", "quantize"]
+__all__ = ["__version__", "evaluate", "load", "quantize"]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import platform
 import re
-import resource
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,20 +20,20 @@ from compressor.checkpoint.blocks import BlockSequence
 from compressor.checkpoint.export import copy_side_files, result_config
 from compressor.checkpoint.resolve import resolve_model
 from compressor.checkpoint.sink import WORK, write_json
-from compressor.checkpoint.skeleton import Skeleton, quiet, read_config
-from compressor.checkpoint.source import Source, read_json
+from compressor.checkpoint.skeleton import Skeleton, quiet
+from compressor.checkpoint.source import Source
 from compressor.engine import Engine
-from compressor.errors import CheckpointError, CompressorError, RecipeError, VerificationError, disk_error
+from compressor.environment import load_tokenizer, pick_device, versions
+from compressor.errors import CompressorError, RecipeError, VerificationError
 from compressor.formats import get_format, parse_group_size
 from compressor.methods import get_method
 from compressor.methods.base import Method, Stream
 from compressor.plan import Plan, digest
 from compressor.planner import make_plan
+from compressor.process import peak_rss
 from compressor.recipe import CalibrationSpec, Override, Recipe
 from compressor.report import Progress, RunReport, Silent
 from compressor.verify import verify
-
-EVALUATION = "compress_eval.json"
 
 
 @dataclass(frozen=True)
@@ -276,21 +272,6 @@ def _generator(job: Job) -> Generate:
     return generate
 
 
-def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
-    """Load a checkpoint's tokenizer; code that comes with it runs only if it is trusted.
-
-    Raises:
-        CheckpointError: It has none, or it is unreadable.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        with quiet():
-            return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except Exception as error:  # transformers raises whatever the files provoke
-        raise CheckpointError(f"{path}: no usable tokenizer: {str(error).splitlines()[0]}", "copy it there") from error
-
-
 def digest_parts(job: Job, calibration: CalibrationSet | None) -> dict[str, Any]:
     """Return what determines the bytes of a result, by name."""
     recipe = job.recipe.model_dump(mode="json", exclude={"model", "calibration"})
@@ -309,103 +290,3 @@ def default_output(recipe: Recipe, format_name: str) -> Path:
     name = Path(recipe.model.partition("@")[0]).resolve().name.removesuffix(".gguf")
     name = re.sub(r"[^\w.-]+", "-", name)
     return Path(f"{name}-{recipe.method}-{format_name}")
-
-
-def pick_device(name: str) -> torch.device:
-    """Turn `--device` into a device; `auto` is CUDA where there is one.
-
-    Raises:
-        RecipeError: Unknown or absent.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise RecipeError(f"--device {name}: {str(error).splitlines()[0]}", "try --device cpu") from error
-    return device
-
-
-def versions() -> dict[str, str]:
-    """Return the versions a result depends on."""
-    names = ("torch", "transformers", "compressed-tensors", "safetensors")
-    return {"compressor": __version__, "python": platform.python_version(), **{n: version(n) for n in names}}
-
-
-def peak_rss() -> int:
-    """Return the peak resident memory of this process, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def evaluate(
-    directory: str | Path,
-    baseline: str | None = None,
-    *,
-    text: str = "python-docs",
-    max_tokens: int = 8192,
-    context: int = 1024,
-    output: str | Path | None = None,
-    device: str = "auto",
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Measure a checkpoint against the original and write `compress_eval.json`; the same as `compress eval`.
-
-    Args:
-        directory: The compressed checkpoint.
-        baseline: The original; None takes it from the recipe saved in `directory`.
-        text: Preset (its held-out part), .txt or .jsonl file.
-        max_tokens: Tokens of the text to score, from its start.
-        context: Tokens per window.
-        output: Folder for the JSON; None means `directory`.
-        device: `auto`, `cpu`, `cuda`, ...
-        progress: Who is told how far it is.
-
-    Raises:
-        CompressorError: See `compressor.errors`; nothing is written then.
-    """
-    from compressor.calibration.dataset import load_text, tokenize
-    from compressor.evals.compare import evaluate as compare_folders
-
-    progress = progress or Silent()
-    folder = Path(directory)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such directory", "give the folder that compress quantize wrote")
-    baseline = baseline or _original_of(folder)
-    original, _ = resolve_model(baseline)
-    tokenizer = load_tokenizer(original)
-    vocab_size = read_config(original).get_text_config().vocab_size
-    tokens = tokenize(load_text(text), tokenizer, vocab_size, limit=max_tokens)
-    progress.stage("loading both models")
-
-    def done(windows: int, total: int) -> None:
-        progress.stage(f"window {windows} of {total}")
-
-    comparison = compare_folders(
-        folder,
-        original,
-        tokens,
-        context,
-        names=(str(directory), baseline),
-        device=pick_device(device),
-        progress=done,
-    )
-    result = {**comparison.to_json(), "text": text}
-    target = Path(output) if output is not None else folder
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise disk_error(error, target) from error
-    write_json(target / EVALUATION, result)
-    return result
-
-
-def _original_of(folder: Path) -> str:
-    """Return the model a result was made from, as its saved recipe says."""
-    recipe = folder / output_files.RECIPE
-    if not recipe.is_file():
-        raise RecipeError(f"{folder}: no {output_files.RECIPE} says what it was made from", "name it with --baseline")
-    saved = read_json(recipe)
-    model, revision = str(saved.get("model")), saved.get("source_revision")
-    return f"{model.partition('@')[0]}@{revision}" if revision else model

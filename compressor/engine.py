@@ -12,7 +12,7 @@ import hashlib
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,20 +34,9 @@ from compressor.formats.base import QuantFormat, Slot
 from compressor.methods.base import Layer, Method, Scope, Stream, relative_error
 from compressor.plan import OUTSIDE, LayerPlan, Plan
 from compressor.report import Progress, Row
+from compressor.unit import Unit
 
 PROBE_TOKENS = 32
-
-
-@dataclass
-class Unit:
-    """One finished unit, as its journal line says it."""
-
-    name: str
-    sha256: str
-    rows: list[Row]
-    events: list[str]
-    probe: Boundary | None
-    streams: dict[str, Boundary]
 
 
 class Engine:
@@ -156,7 +145,7 @@ class Engine:
 
     def _finished(self) -> list[Unit]:
         """Read the journal and check that what it says is still true; otherwise start again, and say so."""
-        units = [_unit_from_json(entry) for entry in self.journal.read()]
+        units = [Unit.from_json(entry) for entry in self.journal.read()]
         names = [*self.plan.blocks, "outside the blocks"]
         for index, unit in enumerate(units):
             block = index if index < len(self.plan.blocks) else OUTSIDE
@@ -188,7 +177,7 @@ class Engine:
         return names + (self._cache_scales(block) if block != OUTSIDE else [])
 
     def _commit(self, unit: Unit, done: list[Unit], started: float) -> None:
-        self.journal.append(_unit_to_json(unit))
+        self.journal.append(asdict(unit))
         done.append(unit)
         self.probe_store.drop_all_but(unit.probe)
         for name, store in self.stores.items():
@@ -405,16 +394,3 @@ class _Outside:
     def __exit__(self, *_: object) -> None:
         self.engine.skeleton.free({layer.ref.param for layer in self.layers})
         gc.collect()
-
-
-def _unit_to_json(unit: Unit) -> dict[str, Any]:
-    return asdict(unit)
-
-
-def _unit_from_json(entry: dict[str, Any]) -> Unit:
-    def boundary(data: dict[str, Any] | None) -> Boundary | None:
-        return None if data is None else Boundary(data["file"], tuple(data["shape"]), data["n_samples"], data["sha256"])
-
-    streams = {name: saved for name, data in entry["streams"].items() if (saved := boundary(data)) is not None}
-    rows = [Row(**row) for row in entry["rows"]]
-    return Unit(entry["name"], entry["sha256"], rows, entry["events"], boundary(entry["probe"]), streams)

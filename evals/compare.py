@@ -182,6 +182,7 @@ def evaluate(
     names: tuple[str, str] | None = None,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Comparison:
     """Load two checkpoints and compare them; both are in memory together, the compressed one packed.
@@ -194,6 +195,7 @@ def evaluate(
         names: What reports call candidate and baseline; their paths by default.
         dtype: Dtype both models compute in.
         device: Where both models go.
+        trust_remote_code: Run model code that comes with the checkpoints, where transformers has none of its own.
         progress: Called with windows done and windows in all.
 
     Raises:
@@ -202,7 +204,8 @@ def evaluate(
         VerificationError: Logits that are not finite.
     """
     check_tokenizers(Path(candidate), Path(baseline), tokens)
-    ours, theirs = (load(path, dtype=dtype, device=device) for path in (candidate, baseline))
+    trust = trust_remote_code
+    ours, theirs = (load(path, dtype=dtype, device=device, trust_remote_code=trust) for path in (candidate, baseline))
     return compare(ours, theirs, tokens, context, names=names or (str(candidate), str(baseline)), progress=progress)
 
 

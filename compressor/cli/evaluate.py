@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from compressor.cli.render import STDOUT, RichProgress, duration, print_json, size, table
+from compressor.process import peak_rss
 
 
 def evaluate(
@@ -18,12 +19,12 @@ def evaluate(
     context: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 1024,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the JSON; default: DIR.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    trust_remote_code: Annotated[bool, typer.Option(help="Run model code that comes with the checkpoints.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
     """Measure a compressed checkpoint against the original: perplexity, KL divergence, agreement."""
-    from compressor.api import evaluate as run
-    from compressor.api import peak_rss
+    from compressor.measure import evaluate as run
 
     with RichProgress(quiet) as progress:
         result = run(
@@ -34,6 +35,7 @@ def evaluate(
             context=context,
             output=output,
             device=device,
+            trust_remote_code=trust_remote_code,
             progress=progress,
         )
     if json_:

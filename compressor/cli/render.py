@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from typing import Any
@@ -14,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from compressor.errors import CompressorError
+from compressor.process import peak_rss
 
 STDERR = Console(stderr=True, highlight=False)
 STDOUT = Console(highlight=False)
@@ -130,12 +130,6 @@ class RichProgress:
         else:
             sys.stderr.write(text + "\n")
             sys.stderr.flush()
-
-
-def peak_rss() -> int:
-    """Return this process's peak resident memory in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def report_table(report: dict[str, Any]) -> Table:

@@ -11,13 +11,13 @@ import compressor
 
 ROOT = Path(compressor.__file__).parent
 LAYERS = [
-    {"errors", "offline", "_hook"},
+    {"errors", "offline", "process", "_hook"},
     {"formats", "inputs"},
     {"recipe", "decision", "plan", "report"},
     {"kernels", "calibration", "checkpoint"},
     {"methods", "runtime"},
-    {"evals", "verify", "runners", "plugin"},
-    {"planner", "engine", "estimate", "output"},
+    {"evals", "verify", "runners", "plugin", "environment", "unit", "output"},
+    {"planner", "engine", "estimate", "measure"},
     {"api"},
     {"cli"},
     {"__main__"},

@@ -1,0 +1,41 @@
+"""One finished unit of a run: a block, or what lies outside the blocks, as its journal line says it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from compressor.calibration.store import Boundary
+from compressor.report import Row
+
+
+@dataclass
+class Unit:
+    """What was written and what the next unit needs.
+
+    Attributes:
+        name: The block's module name.
+        sha256: Hash of the unit's tensors on disk.
+        rows: Report rows of its tensors.
+        events: Fall-backs and surprises.
+        probe: Where the probe's hidden states behind it are; None before the first block.
+        streams: Stream name -> hidden states behind it.
+    """
+
+    name: str
+    sha256: str
+    rows: list[Row]
+    events: list[str]
+    probe: Boundary | None
+    streams: dict[str, Boundary]
+
+    @classmethod
+    def from_json(cls, entry: dict[str, Any]) -> Unit:
+        """Rebuild a unit from its journal line (`dataclasses.asdict` of it)."""
+        streams = {name: saved for name, data in entry["streams"].items() if (saved := _boundary(data)) is not None}
+        rows = [Row(**row) for row in entry["rows"]]
+        return cls(entry["name"], entry["sha256"], rows, entry["events"], _boundary(entry["probe"]), streams)
+
+
+def _boundary(data: dict[str, Any] | None) -> Boundary | None:
+    return None if data is None else Boundary(data["file"], tuple(data["shape"]), data["n_samples"], data["sha256"])
