@@ -31,7 +31,7 @@ def listing(
     if json_:
         print_json({what: chosen})
     else:
-        STDOUT.print(table(what, ["name", ""], [[key, text] for key, text in chosen.items()]))
+        STDOUT.print(table(what, ["name", ""], [[key, summary] for key, summary in chosen.items()], text=True))
 
 
 def _entries(what: str) -> dict[str, str]:
@@ -66,4 +66,4 @@ def _method(name: str, json_: bool) -> None:
     STDOUT.print(Markdown(page))
     if options:
         rows = [[entry["name"], str(entry["default"]), entry["description"]] for entry in options]
-        STDOUT.print(table("options (--option KEY=VALUE)", ["option", "default", "meaning"], rows))
+        STDOUT.print(table("options (--option KEY=VALUE)", ["option", "default", "meaning"], rows, text=True))

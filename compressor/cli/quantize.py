@@ -168,6 +168,6 @@ def show_plan(job: Job, as_json: bool) -> None:
     STDOUT.print(table(f"plan: {job.out}", ["tensors", "count", "before", "after"], rows))
     STDOUT.print(
         f"{plan.bits_per_weight:.3f} bits per compressed weight; about {size(plan.peak_bytes)} of tensors in memory "
-        f"at once (libraries add about 0.5 GB); roughly {duration(seconds)} on this machine",
+        f"at once (libraries add about 0.5 GB); roughly {duration(seconds)} on this machine; --json lists every tensor",
         soft_wrap=True,
     )

@@ -48,11 +48,11 @@ def duration(seconds: float) -> str:
     return f"{minutes}m {rest:02d}s" if minutes < 60 else f"{minutes // 60}h {minutes % 60:02d}m"
 
 
-def table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
-    """Build a table whose first column is text and whose others are numbers."""
+def table(title: str, columns: list[str], rows: list[list[str]], text: bool = False) -> Table:
+    """Build a table whose first column is text and whose others are numbers, or text too."""
     out = Table(title=title, title_justify="left", header_style="bold")
     for index, column in enumerate(columns):
-        out.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+        out.add_column(column, justify="left" if text or index == 0 else "right", overflow="fold")
     for row in rows:
         out.add_row(*row)
     return out
