@@ -9,14 +9,14 @@ import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass, field
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 OUTSIDE = -1
 """Block index of weights that belong to no block: embeddings, the final norm, the head."""
 
 
-class Kind(str, Enum):
+class Kind(StrEnum):
     """What a weight is, which decides who may touch it."""
 
     LINEAR = "linear"
@@ -88,7 +88,7 @@ class WeightRef:
         return math.prod(self.shape)
 
 
-class Operand(str, Enum):
+class Operand(StrEnum):
     """Tensors a method may quantize that are no layer's input."""
 
     QUERY_KEY = "query_key"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -23,7 +23,7 @@ from compressor.formats.base import QParams, QuantFormat
 from compressor.plan import WeightRef
 
 
-class Scope(str, Enum):
+class Scope(StrEnum):
     """How much a method must see at once."""
 
     LAYER = "layer"
@@ -33,7 +33,7 @@ class Scope(str, Enum):
     MODEL = "model"
 
 
-class Stream(str, Enum):
+class Stream(StrEnum):
     """Which inputs a method wants its statistics from."""
 
     NONE = "none"

@@ -101,6 +101,6 @@ def test_start_is_cheap(code: str) -> None:
     assert out.stdout.strip() == "[]"
 
 
-def test_python_3_10_syntax() -> None:
+def test_syntax_of_the_oldest_python() -> None:
     for _, path in modules():
-        ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 10))
+        ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 11))
