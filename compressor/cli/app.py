@@ -56,8 +56,6 @@ def main() -> None:
     """Run the command line; every way out has its documented exit code."""
     signal.signal(signal.SIGTERM, _terminate)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Threads that spin while they wait take the core from the one that works when other programs run beside.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         code = app(standalone_mode=False) or 0
     except CompressorError as error:
