@@ -13,7 +13,7 @@ demo: $(STAMP)
 	$(BIN)/compress generate $(DEMO) --baseline smollm2-135m --prompt "Why is the sky blue?" --max-new-tokens 40
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -n 2
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m "slow or network"

@@ -11,13 +11,15 @@ from transformers import AutoModelForCausalLM
 
 import compressor
 from compressor import verify
-from compressor.api import _original_of, load_tokenizer, prepare
+from compressor.api import prepare
 from compressor.checkpoint.custom_code import needs_code
 from compressor.checkpoint.hub import refuse_names, side_files
 from compressor.checkpoint.resolve import HUB_ID, resolve_model
 from compressor.checkpoint.skeleton import read_config
 from compressor.cli import app as cli
+from compressor.environment import load_tokenizer
 from compressor.errors import CheckpointError, CompressorError, UnsupportedError
+from compressor.measure import _original_of
 from compressor.recipe import Recipe
 from compressor.testing import models
 from compressor.testing.tools import save_checkpoint
