@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from compressor.errors import disk_error
+from compressor.files import sha256_file
 
 
 @dataclass(frozen=True)
@@ -74,13 +75,7 @@ class HiddenStore:
     def intact(self, boundary: Boundary) -> bool:
         """Return whether the file is there and still has the content it was written with."""
         path = self.folder / boundary.file
-        if not path.is_file():
-            return False
-        digest = hashlib.sha256()
-        with path.open("rb") as file:
-            while piece := file.read(1 << 20):
-                digest.update(piece)
-        return digest.hexdigest() == boundary.sha256
+        return path.is_file() and sha256_file(path) == boundary.sha256
 
     def drop_all_but(self, keep: Boundary | None) -> None:
         """Delete this stream's other files."""

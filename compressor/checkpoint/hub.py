@@ -40,8 +40,9 @@ from huggingface_hub.file_download import http_get, repo_folder_name
 
 from compressor.checkpoint.custom_code import needs_code
 from compressor.checkpoint.quantized import refuse_quantized
-from compressor.checkpoint.source import INDEX, PICKLES, SINGLE, indexed_files, read_json, sha256_file
+from compressor.checkpoint.source import INDEX, PICKLES, SINGLE, indexed_files, read_json
 from compressor.errors import CheckpointError, CompressorError, HubError, UnsupportedError, disk_error
+from compressor.files import sha256_file
 
 SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*")
 """What is fetched besides weights: never pickles, and code only on request."""

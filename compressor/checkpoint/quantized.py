@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compressor.checkpoint.source import DTYPE_NAMES, DTYPES, Source, TensorInfo
+from compressor.checkpoint.source import DTYPE_NAMES, DTYPES, FLOATS, Source, TensorInfo, fits
 from compressor.errors import CheckpointError, UnsupportedError
 from compressor.formats.base import PackedTensor, QuantFormat
 from compressor.formats.schemes import Schemes
@@ -31,7 +31,6 @@ _REFUSED: dict[str, str] = {
     "compressor": "start from the model that its compress_recipe.json names",
 }
 
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _FP8 = ("F8_E4M3", "F8_E5M2")
 _ACTIVATION_LEAVES = frozenset(
     f"{what}{leaf}"
@@ -63,7 +62,7 @@ class PackedDecoder:
         stored = {}
         for suffix, slot in self.fmt.layout(self.shape).items():
             tensor = tensors[f"{self.module}.{suffix}"]
-            stored[suffix] = tensor.to(slot.dtype) if tensor.dtype in _FLOATS and slot.dtype in _FLOATS else tensor
+            stored[suffix] = tensor.to(slot.dtype) if tensor.dtype in FLOATS and slot.dtype in FLOATS else tensor
         try:
             return self.fmt.decode(*self.fmt.unpack(PackedTensor(self.fmt.name, self.shape, stored)))
         except CheckpointError as error:
@@ -205,7 +204,7 @@ def _compressed_tensors(source: Source, section: Mapping[str, Any]) -> Made:
     made: Made = {}
     for module in modules:
         dtype = DTYPES[source.tensors[f"{module}.weight_scale"].dtype]
-        dtype = dtype if dtype in _FLOATS else torch.float32
+        dtype = dtype if dtype in FLOATS else torch.float32
         fmt = schemes.find((module,), dtype)
         if fmt is None and len(schemes.groups) == 1:  # named as in memory there, perhaps; no other scheme is possible
             fmt = schemes.groups[0].build(dtype)
@@ -251,8 +250,7 @@ def _check_parts(source: Source, decoder: PackedDecoder) -> None:
         info = source.tensors.get(name)
         if info is None:
             raise CheckpointError(f"{name}: is missing, {decoder.fmt.name} needs it", "the checkpoint is incomplete")
-        dtype = DTYPES[info.dtype]
-        if info.shape != slot.shape or (dtype != slot.dtype and not (dtype in _FLOATS and slot.dtype in _FLOATS)):
+        if not fits(info, slot):
             raise CheckpointError(
                 f"{name}: is {info.dtype} {list(info.shape)}, but {decoder.fmt.name} of a matrix "
                 f"{list(decoder.shape)} needs {DTYPE_NAMES[slot.dtype]} {list(slot.shape)}",
@@ -266,11 +264,11 @@ def _dense_dtype(source: Source, parts: set[str]) -> str:
     for holder in (source.config, text if isinstance(text, Mapping) else {}):
         name = holder.get("dtype", holder.get("torch_dtype"))
         dtype = getattr(torch, name, None) if isinstance(name, str) else None
-        if dtype in _FLOATS:
+        if dtype in FLOATS:
             return DTYPE_NAMES[dtype]
     sizes: Counter[str] = Counter()
     for name, info in source.tensors.items():
-        if name not in parts and DTYPES[info.dtype] in _FLOATS:
+        if name not in parts and DTYPES[info.dtype] in FLOATS:
             sizes[info.dtype] += info.nbytes
     return sizes.most_common(1)[0][0] if sizes else "BF16"
 

@@ -22,6 +22,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from compressor.errors import CheckpointError, UnsupportedError
+from compressor.files import sha256_file
+from compressor.formats.base import Slot
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -39,6 +41,9 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 """Safetensors spelling -> torch dtype."""
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+"""Dtypes a checkpoint's floating scales and dense tensors may be stored in; readers cast between them."""
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -296,10 +301,7 @@ def check_finite(name: str, tensor: Tensor) -> None:
     )
 
 
-def sha256_file(path: Path) -> str:
-    """Return a file's SHA-256, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
+def fits(info: TensorInfo, slot: Slot) -> bool:
+    """Return whether a stored tensor can fill a slot: equal shape, and equal dtype up to the width of a float."""
+    dtype = DTYPES[info.dtype]
+    return info.shape == slot.shape and (dtype == slot.dtype or (dtype in FLOATS and slot.dtype in FLOATS))

@@ -9,7 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from compressor.checkpoint.source import DTYPES, Source, TensorInfo, read_header, read_json, shard_files
+from compressor.checkpoint.source import DTYPES, Source, fits, read_headers, read_json
 from compressor.errors import CheckpointError
 from compressor.formats.base import PackedTensor, QuantFormat
 from compressor.formats.native import QUANT_METHOD, NativeSchemes
@@ -22,8 +22,6 @@ _CODES = ("F8_E4M3", "I8")
 
 AnySchemes: TypeAlias = Schemes | NativeSchemes
 """How a config says which module is stored in which format."""
-
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class KeyMismatch(CheckpointError):
@@ -54,12 +52,7 @@ def open_checkpoint(path: Path) -> tuple[Source, AnySchemes | None]:
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such directory", "give a checkpoint folder")
     config = read_json(path / "config.json")
-    tensors: dict[str, TensorInfo] = {}
-    for file in shard_files(path):
-        for info in read_header(path / file):
-            if info.name in tensors:
-                raise CheckpointError(f"{path}: {info.name} is stored in two shards", "the index is inconsistent")
-            tensors[info.name] = info
+    tensors = read_headers(path)
     quantization = config.get("quantization_config")
     if quantization is not None and not isinstance(quantization, dict):
         raise CheckpointError(f"{path}: quantization_config is not an object", "config.json is damaged")
@@ -155,8 +148,7 @@ def check_stored(source: Source, module: str, fmt: QuantFormat, shape: tuple[int
         if name not in source.tensors:
             raise KeyMismatch(source.path, [name], [])
         info = source.tensors[name]
-        dtype = DTYPES[info.dtype]
-        if info.shape != slot.shape or (dtype != slot.dtype and not (dtype in _FLOATS and slot.dtype in _FLOATS)):
+        if not fits(info, slot):
             raise CheckpointError(
                 f"{name}: is {info.dtype} {list(info.shape)}, but {fmt.name} of a {list(shape)} matrix needs "
                 f"{slot.dtype} {list(slot.shape)}",

@@ -81,13 +81,13 @@ def tiny_llama(
         intermediate_size=intermediate_size,
         tie_word_embeddings=tied,
     )
-    return _random(lambda: LlamaForCausalLM(config), seed)
+    return random_model(lambda: LlamaForCausalLM(config), seed)
 
 
 def tiny_bert(seed: int = 0) -> PreTrainedModel:
     """Build a BERT encoder of two layers; its output is `last_hidden_state`, its linears have biases."""
     config = BertConfig(**_TEXT, num_hidden_layers=2, intermediate_size=128)
-    return _random(lambda: BertModel(config), seed)
+    return random_model(lambda: BertModel(config), seed)
 
 
 def tiny_olmoe(seed: int = 0, *, hidden_size: int = 64, intermediate_size: int = 64) -> PreTrainedModel:
@@ -100,7 +100,7 @@ def tiny_olmoe(seed: int = 0, *, hidden_size: int = 64, intermediate_size: int =
         num_experts_per_tok=2,
         norm_topk_prob=False,
     )
-    return _random(lambda: OlmoeForCausalLM(config), seed)
+    return random_model(lambda: OlmoeForCausalLM(config), seed)
 
 
 def tiny_mixtral(seed: int = 0) -> PreTrainedModel:
@@ -113,7 +113,7 @@ def tiny_mixtral(seed: int = 0) -> PreTrainedModel:
         num_local_experts=4,
         num_experts_per_tok=2,
     )
-    return _random(lambda: MixtralForCausalLM(config), seed)
+    return random_model(lambda: MixtralForCausalLM(config), seed)
 
 
 def tiny_qwen2_moe(seed: int = 0) -> PreTrainedModel:
@@ -129,14 +129,14 @@ def tiny_qwen2_moe(seed: int = 0) -> PreTrainedModel:
         num_experts_per_tok=2,
         mlp_only_layers=[0],
     )
-    return _random(lambda: Qwen2MoeForCausalLM(config), seed)
+    return random_model(lambda: Qwen2MoeForCausalLM(config), seed)
 
 
 def tiny_resnet(seed: int = 0) -> PreTrainedModel:
     """Build a ResNet classifier of two stages for 3 x 32 x 32 images and ten classes, with used-looking statistics."""
     stages: dict[str, Any] = {"embedding_size": 64, "hidden_sizes": [64, 128], "depths": [1, 1], "num_labels": 10}
     config = ResNetConfig(**stages, layer_type="basic")
-    model = _random(lambda: ResNetForImageClassification(config), seed)
+    model = random_model(lambda: ResNetForImageClassification(config), seed)
     generator = torch.Generator().manual_seed(seed)
     for name, buffer in model.named_buffers():
         if name.endswith("running_mean"):
@@ -165,7 +165,7 @@ _TEXT: dict[str, Any] = {
 }
 
 
-def _random(build: Callable[[], PreTrainedModel], seed: int) -> PreTrainedModel:
+def random_model(build: Callable[[], PreTrainedModel], seed: int) -> PreTrainedModel:
     """Build a float32 model in eval mode whose norm gains and biases are random too; global random state is kept."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,6 +21,8 @@ from transformers import (
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
 )
+
+from compressor.testing.models import random_model
 
 IMAGE_TOKEN = 5
 
@@ -57,7 +58,7 @@ def tiny_llava(seed: int = 0, *, vision_width: int = 32) -> PreTrainedModel:
         image_token_index=IMAGE_TOKEN,
         vision_feature_layer=-1,
     )
-    return _random(lambda: LlavaForConditionalGeneration(config), seed)
+    return random_model(lambda: LlavaForConditionalGeneration(config), seed)
 
 
 def tiny_qwen_vl(seed: int = 0) -> PreTrainedModel:
@@ -73,13 +74,13 @@ def tiny_qwen_vl(seed: int = 0) -> PreTrainedModel:
         vision_start_token_id=7,
         vision_end_token_id=8,
     )
-    return _random(lambda: Qwen2_5_VLForConditionalGeneration(config), seed)
+    return random_model(lambda: Qwen2_5_VLForConditionalGeneration(config), seed)
 
 
 def tiny_smolvlm(seed: int = 0) -> PreTrainedModel:
     """Build a SmolVLM: Llama behind SigLIP and a pixel-shuffling connector."""
     config = SmolVLMConfig(text_config=LlamaConfig(**_TEXT), vision_config=_VISION, image_token_id=IMAGE_TOKEN)
-    return _random(lambda: SmolVLMForConditionalGeneration(config), seed)
+    return random_model(lambda: SmolVLMForConditionalGeneration(config), seed)
 
 
 def tiny_gemma3(seed: int = 0) -> PreTrainedModel:
@@ -92,14 +93,14 @@ def tiny_gemma3(seed: int = 0) -> PreTrainedModel:
         boi_token_index=6,
         eoi_token_index=7,
     )
-    return _random(lambda: Gemma3ForConditionalGeneration(config), seed)
+    return random_model(lambda: Gemma3ForConditionalGeneration(config), seed)
 
 
 def tiny_clip(seed: int = 0) -> PreTrainedModel:
     """Build a CLIP: two encoders of equal weight and no language model."""
     text = {**{key: value for key, value in _TEXT.items() if key != "num_key_value_heads"}, "hidden_size": 32}
     config = CLIPConfig(text_config=text, vision_config=_VISION, projection_dim=32)
-    return _random(lambda: CLIPModel(config), seed)
+    return random_model(lambda: CLIPModel(config), seed)
 
 
 def image_inputs(model: PreTrainedModel, seed: int = 0) -> dict[str, Tensor]:
@@ -112,15 +113,3 @@ def image_inputs(model: PreTrainedModel, seed: int = 0) -> dict[str, Tensor]:
         "input_ids": torch.cat((words[:, :4], image, words[:, 4:]), 1),
         "pixel_values": torch.randn(1, 3, 32, 32, generator=generator),
     }
-
-
-def _random(build: Callable[[], PreTrainedModel], seed: int) -> PreTrainedModel:
-    """Build a float32 model in eval mode whose gains and biases are random too; global random state is kept."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = build()
-        for name, param in model.named_parameters():
-            if param.ndim == 1:
-                torch.nn.init.normal_(param, mean=1.0 if name.endswith("weight") else 0.0, std=0.2)
-    model.eval().requires_grad_(False)
-    return model

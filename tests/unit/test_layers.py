@@ -11,7 +11,7 @@ import compressor
 
 ROOT = Path(compressor.__file__).parent
 LAYERS = [
-    {"errors", "offline", "process", "_hook"},
+    {"errors", "files", "offline", "process", "_hook"},
     {"formats", "inputs"},
     {"recipe", "decision", "plan", "report"},
     {"kernels", "calibration", "checkpoint"},
