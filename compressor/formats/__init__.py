@@ -7,7 +7,7 @@ Add one: a file with the class, a line in `BUILDERS`, a row in the README table,
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from compressor.errors import RecipeError, did_you_mean
 
@@ -19,30 +19,37 @@ if TYPE_CHECKING:
 
 DEFAULT_GROUP_SIZE = 64
 
+GroupSize: TypeAlias = int | Literal["tensor"] | None
+"""Inputs that share one scale; `"tensor"` for one scale per matrix, None for one per row."""
 
-def _ints(bits: int) -> Callable[[int | None, torch.dtype], QuantFormat]:
-    def build(group_size: int | None, dtype: torch.dtype) -> QuantFormat:
+Builder: TypeAlias = "Callable[[GroupSize, torch.dtype], QuantFormat]"
+
+
+def _ints(bits: int, symmetric: bool = True) -> Builder:
+    def build(group_size: GroupSize, dtype: torch.dtype) -> QuantFormat:
         from compressor.formats.ints import IntFormat
 
-        return IntFormat(bits, group_size, dtype)
+        if group_size == "tensor":
+            return IntFormat(bits, None, dtype, symmetric, per_tensor=True)
+        return IntFormat(bits, group_size, dtype, symmetric)
 
     return build
 
 
-def _nvfp4(group_size: int | None, dtype: torch.dtype) -> QuantFormat:
+def _nvfp4(group_size: GroupSize, dtype: torch.dtype) -> QuantFormat:
     from compressor.formats.nvfp4 import NVFP4
 
     return NVFP4()
 
 
-def _mxfp4(group_size: int | None, dtype: torch.dtype) -> QuantFormat:
+def _mxfp4(group_size: GroupSize, dtype: torch.dtype) -> QuantFormat:
     from compressor.formats.mxfp4 import MXFP4
 
     return MXFP4()
 
 
-def _fp8(granularity: Granularity) -> Callable[[int | None, torch.dtype], QuantFormat]:
-    def build(group_size: int | None, dtype: torch.dtype) -> QuantFormat:
+def _fp8(granularity: Granularity) -> Builder:
+    def build(group_size: GroupSize, dtype: torch.dtype) -> QuantFormat:
         from compressor.formats.fp8 import FP8
 
         return FP8(granularity, dtype)
@@ -50,20 +57,21 @@ def _fp8(granularity: Granularity) -> Callable[[int | None, torch.dtype], QuantF
     return build
 
 
-def _mxfp8(group_size: int | None, dtype: torch.dtype) -> QuantFormat:
+def _mxfp8(group_size: GroupSize, dtype: torch.dtype) -> QuantFormat:
     from compressor.formats.mxfp8 import MXFP8
 
     return MXFP8()
 
 
-def _fp4(group_size: int | None, dtype: torch.dtype) -> QuantFormat:
+def _fp4(group_size: GroupSize, dtype: torch.dtype) -> QuantFormat:
     from compressor.formats.float4 import Float4
 
     return Float4()
 
 
-BUILDERS: dict[str, Callable[[int | None, torch.dtype], QuantFormat]] = {
+BUILDERS: dict[str, Builder] = {
     **{f"int{bits}": _ints(bits) for bits in range(2, 9)},
+    **{f"int{bits}-asym": _ints(bits, symmetric=False) for bits in range(2, 9)},
     "nvfp4": _nvfp4,
     "mxfp4": _mxfp4,
     "fp4": _fp4,
@@ -83,11 +91,14 @@ FIXED_GROUP: dict[str, int | None] = {
 }
 """Group size of every format that has only one; None where a scale covers whole rows."""
 
+ASYMMETRIC = frozenset(name for name in BUILDERS if name.endswith("-asym"))
+"""Formats with a zero point for every scale."""
+
+_GROUPS = "per 64 inputs (--group-size N, channel or tensor)"
+
 SUMMARIES: dict[str, str] = {
-    **{
-        f"int{bits}": f"symmetric {bits}-bit integers, one scale per group of 64 inputs (--group-size N|channel)"
-        for bits in range(2, 9)
-    },
+    **{f"int{bits}": f"symmetric integers, one scale {_GROUPS}" for bits in range(2, 9)},
+    **{f"int{bits}-asym": f"asymmetric integers, one scale and zero point {_GROUPS}" for bits in range(2, 9)},
     "nvfp4": "4-bit floats (E2M1), FP8 scale per 16 inputs, one FP32 scale per fused set of layers; 4.5 bits",
     "mxfp4": "4-bit floats (E2M1), power-of-two scale per 32 inputs; 4.25 bits",
     "fp4": "LLM-FP4's 4-bit floats: E2M1, E1M2 or E3M0 per layer, real scale per output channel; 4 bits; native only",
@@ -98,23 +109,30 @@ SUMMARIES: dict[str, str] = {
 }
 
 
-def parse_group_size(name: str, text: str | None) -> int | None:
-    """Turn `--group-size` into a group size for format `name`; None means one group per row.
+def parse_group_size(name: str, text: str | None) -> GroupSize:
+    """Turn `--group-size` into a group size for format `name`.
 
     Raises:
-        RecipeError: Not a positive number or `channel`, or the format's group size is fixed to another value.
+        RecipeError: Not a positive number, `channel` or `tensor`, or the format has only one group size, another one.
     """
     if text is None:
         return FIXED_GROUP.get(name, DEFAULT_GROUP_SIZE)
+    value: GroupSize
     if text == "channel":
         value = None
+    elif text == "tensor":
+        value = "tensor"
     elif text.isdecimal() and int(text) > 0:
         value = int(text)
     else:
-        raise RecipeError(f"--group-size {text!r} is neither a positive number nor 'channel'", "try --group-size 64")
-    if name in FIXED_GROUP and (value != FIXED_GROUP[name] or name == "fp8-tensor"):
+        raise RecipeError(
+            f"--group-size {text!r} is neither a positive number nor 'channel' nor 'tensor'", "try --group-size 64"
+        )
+    if name not in FIXED_GROUP:
+        return value
+    if value != ("tensor" if name == "fp8-tensor" else FIXED_GROUP[name]):
         raise RecipeError(f"{name} has {_grouping(name)}, not --group-size {text}", "leave --group-size out")
-    return value
+    return FIXED_GROUP[name]
 
 
 def _grouping(name: str) -> str:
@@ -124,7 +142,7 @@ def _grouping(name: str) -> str:
     return tiles.get(name) or ("one scale per output channel" if size is None else f"groups of {size}")
 
 
-def get_format(name: str, group_size: int | None, dtype: torch.dtype) -> QuantFormat:
+def get_format(name: str, group_size: GroupSize, dtype: torch.dtype) -> QuantFormat:
     """Build a format.
 
     Args:

@@ -9,12 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from compressor.errors import CheckpointError, NumericalError
+
+if TYPE_CHECKING:
+    from compressor.formats import GroupSize
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,8 @@ class QParams:
     Attributes:
         scale: `[out, groups]`, in the dtype the format stores (bf16, fp16, fp32, float8_e4m3fn, or uint8 exponents).
             Formats whose scales cover more than one row: `[row blocks, column blocks]`, or `[1]` for a whole matrix.
-        zero_point: `[out, groups]` integers, or None for symmetric grids.
+        zero_point: The code that means zero, int8 in the shape of the scales, or None for symmetric grids. Signed: the
+            smallest code of `b` bits counts as `-2**(b-1)`.
         global_scale: `[1]` float32 divisor shared by the whole matrix (NVFP4), or None.
         codebook: `[2**bits]` float32 values, for formats whose grid is a table.
     """
@@ -128,15 +132,45 @@ class QuantFormat(Protocol):
 
 
 @runtime_checkable
-class SearchableFormat(QuantFormat, Protocol):
-    """A format whose scales form a short, exact list of candidates around the min-max one."""
+class ScaledFormat(QuantFormat, Protocol):
+    """A format whose grid is fixed up to one step per group: what rounding a column, or learning a scale, needs.
+
+    The value of a code is `steps * u`, with `u` from a short table (integers, E2M1 values, ...).
+    """
 
     def round(self, w: Tensor, q: QParams) -> Tensor:
-        """Return `decode(encode(w, q), q)`, float32, without making codes; zeros may differ in sign.
+        """Return `decode(encode(w, q), q)`, float32, without making codes; zeros may differ in sign."""
+        ...
 
-        Scales `[candidates, out, groups]` round the same `w` `[out, in]` once for each: `[candidates, out, in]`.
+    def steps(self, q: QParams) -> Tensor:
+        """Return the value of one unit of the grid, float32 `[out, groups, 1]`; `[1, 1, 1]` for one scale in all."""
+        ...
+
+    def with_steps(self, q: QParams, steps: Tensor) -> QParams:
+        """Return `q` with the storable scales nearest to positive `steps`, shaped as `steps(q)`; the rest stays."""
+        ...
+
+    def snap(self, z: Tensor, q: QParams) -> Tensor:
+        """Return the unit nearest to every value of float32 `z` `[out, groups, any]`, as `encode` does; overwrites `z`.
+
+        `q` says where the grid lies (zero points, table); its scales are not looked at.
         """
         ...
+
+    def reach(self, q: QParams) -> tuple[Tensor | float, Tensor | float]:
+        """Return the units below and above which values saturate: numbers, or shaped as `steps(q)`.
+
+        Half a step beyond the last unit: what lies outside moves by more than rounding would move it.
+        """
+        ...
+
+
+@runtime_checkable
+class SearchableFormat(ScaledFormat, Protocol):
+    """A format whose scales form a short, exact list of candidates around the min-max one.
+
+    Its `round` also takes scales `[candidates, out, groups]` and rounds `w` `[out, in]` once for each.
+    """
 
     def scale_candidates(self, q: QParams) -> Iterator[QParams]:
         """Yield parameters with every group's scale moved by the same step; the first is `q` itself."""
@@ -156,6 +190,11 @@ def grouped(w: Tensor, group_size: int | None) -> Tensor:
     group = group_size or w.shape[-1]
     view: Tensor = w.unflatten(-1, (-1, group))
     return view
+
+
+def group_setting(fmt: QuantFormat) -> GroupSize:
+    """Return the group size that builds this format by its name: `get_format(fmt.name, group_setting(fmt), dtype)`."""
+    return "tensor" if getattr(fmt, "per_tensor", False) else fmt.group_size
 
 
 def n_groups(in_features: int, group_size: int | None) -> int:
@@ -185,9 +224,19 @@ def group_absmax(w: Tensor, group_size: int | None) -> Tensor:
     Raises:
         NumericalError: `w` `[out, in]` holds NaN or Inf; the first place is named.
     """
-    low, high = torch.aminmax(grouped(w, group_size), dim=-1)  # NaN and Inf survive both, so the small result tells
-    absmax = torch.maximum(low.neg(), high).float()  # [out, groups]
-    if not torch.isfinite(absmax).all():
+    low, high = group_range(w, group_size)
+    return torch.maximum(low.neg_(), high)
+
+
+def group_range(w: Tensor, group_size: int | None) -> tuple[Tensor, Tensor]:
+    """Return the smallest and the largest value of every group, float32 `[out, groups]`.
+
+    Raises:
+        NumericalError: `w` `[out, in]` holds NaN or Inf; the first place is named.
+    """
+    low, high = torch.aminmax(grouped(w, group_size), dim=-1)
+    low, high = low.float(), high.float()
+    if not (torch.isfinite(low) & torch.isfinite(high)).all():  # NaN and Inf survive both, so the small result tells
         bad = (~torch.isfinite(w)).nonzero()
         row, column = bad[0].tolist()
         raise NumericalError(
@@ -195,7 +244,7 @@ def group_absmax(w: Tensor, group_size: int | None) -> Tensor:
             f"the first at row {row}, column {column}",
             "the source checkpoint is damaged: compare its hash with the published one, or fetch it again",
         )
-    return absmax
+    return low, high
 
 
 def require_layout(fmt: QuantFormat, packed: PackedTensor) -> None:

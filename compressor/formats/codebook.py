@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -118,6 +118,29 @@ class Codebook:
         """Return `scale * codebook[code]`, float32 `[out, in]`."""
         values = grouped(_table(q)[codes.int()], self.group_size)
         return values.mul_(q.scale.unsqueeze(-1)).flatten(-2)
+
+    def round(self, w: Tensor, q: QParams) -> Tensor:
+        """Return `decode(encode(w, q), q)`, float32."""
+        steps = self.steps(q)
+        return self.snap(grouped(w.float(), self.group_size) / steps, q).mul_(steps).flatten(-2)
+
+    def steps(self, q: QParams) -> Tensor:
+        """Return the scales, float32 `[out, groups, 1]`."""
+        return q.scale.unsqueeze(-1)
+
+    def with_steps(self, q: QParams, steps: Tensor) -> QParams:
+        """Return `q` with scales `steps` `[out, groups, 1]`."""
+        return replace(q, scale=steps.squeeze(-1))
+
+    def snap(self, z: Tensor, q: QParams) -> Tensor:
+        """Return the entry nearest to every `z`."""
+        table = _table(q)
+        return table[nearest(z, table).int()]
+
+    def reach(self, q: QParams) -> tuple[float, float]:
+        """Return half of the last step beyond the smallest and the largest entry."""
+        values = _table(q).unique()  # sorted
+        return float(1.5 * values[0] - 0.5 * values[1]), float(1.5 * values[-1] - 0.5 * values[-2])
 
     def layout(self, shape: tuple[int, int]) -> dict[str, Slot]:
         """Return suffix -> dtype and shape of the stored tensors."""

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 E2M1_MAX = 6.0
+E2M1_REACH = 7.0
+"""Half of the last step beyond the largest value."""
+
 E2M1_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E2M1_VALUES = (*E2M1_MAGNITUDES, *(-value for value in E2M1_MAGNITUDES))
 """Value of each code; code 8 is -0."""

@@ -84,6 +84,15 @@ class Float4(Codebook):
         """
         return self._unscaled(w, q).mul_(q.scale.unsqueeze(-1)).flatten(-2)
 
+    def snap(self, z: Tensor, q: QParams) -> Tensor:
+        """Return the value at b = 0 nearest to every `z`; overwrites `z`. See `round` for ties."""
+        largest = float(_codebook(q)[7])
+        z = z.clamp_(-largest, largest)
+        power = z.view(torch.int32).bitwise_and(0x7F800000).view(torch.float32).clamp_(min=2)
+        # A sum with 1.5 * 2**23 steps has no bits left below one step, so the addition itself rounds to even.
+        large = power.mul_(1.5 * 2.0 ** (23 - _mantissa_bits(largest)))
+        return z.add_(large).sub_(large)
+
     def unpack(self, packed: PackedTensor) -> tuple[Tensor, QParams]:
         """Return codes and parameters; the exact inverse of `pack`.
 
@@ -127,12 +136,7 @@ class Float4(Codebook):
         With `z = w / alpha` that is the multiple of `v = 2^(max(floor(log2 |z|), 1) - M)` next to z, ties to the even
         one.
         """
-        largest = float(_codebook(q)[7])
-        z = (grouped(w.float(), self.group_size) / q.scale.unsqueeze(-1)).clamp_(-largest, largest)
-        power = z.view(torch.int32).bitwise_and(0x7F800000).view(torch.float32).clamp_(min=2)
-        # A sum with 1.5 * 2**23 steps has no bits left below one step, so the addition itself rounds to even.
-        large = power.mul_(1.5 * 2.0 ** (23 - _mantissa_bits(largest)))
-        return z.add_(large).sub_(large)
+        return self.snap(grouped(w.float(), self.group_size) / q.scale.unsqueeze(-1), q)
 
 
 def _mantissa_bits(largest: float) -> int:

@@ -7,7 +7,7 @@ OCP Microscaling Formats (MX) Specification 1.0. On disk this is compressed-tens
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -23,7 +23,7 @@ from compressor.formats.base import (
     require_layout,
 )
 from compressor.formats.bitstream import pack_nibbles, unpack_nibbles
-from compressor.formats.e2m1 import decode_e2m1, encode_e2m1, round_e2m1
+from compressor.formats.e2m1 import E2M1_REACH, decode_e2m1, encode_e2m1, round_e2m1
 from compressor.formats.e8m0 import decode_e8m0, fit_e8m0
 
 LARGEST_EXPONENT = 252
@@ -63,16 +63,33 @@ class MXFP4:
 
     def encode(self, w: Tensor, q: QParams) -> Tensor:
         """Return the nearest codes, uint8 `[out, in]`, in float32."""
-        return encode_e2m1(grouped(w.float(), self.group_size) / _steps(q)).flatten(-2)
+        return encode_e2m1(grouped(w.float(), self.group_size) / self.steps(q)).flatten(-2)
 
     def decode(self, codes: Tensor, q: QParams) -> Tensor:
         """Return `E2M1(code) * 2**(scale - 127)`, float32 `[out, in]`; exact."""
-        return grouped(decode_e2m1(codes), self.group_size).mul_(_steps(q)).flatten(-2)
+        return grouped(decode_e2m1(codes), self.group_size).mul_(self.steps(q)).flatten(-2)
 
     def round(self, w: Tensor, q: QParams) -> Tensor:
         """Return `decode(encode(w, q), q)` in one step, float32; scales may have further dimensions in front."""
-        steps = _steps(q)
+        steps = self.steps(q)
         return round_e2m1(grouped(w.float(), self.group_size) / steps).mul_(steps).flatten(-2)
+
+    def steps(self, q: QParams) -> Tensor:
+        """Return the value of one E2M1 unit per group, float32 `[out, groups, 1]`."""
+        return decode_e8m0(q.scale).unsqueeze(-1)
+
+    def with_steps(self, q: QParams, steps: Tensor) -> QParams:
+        """Return the powers of two nearest to `steps` `[out, groups, 1]`, by ratio."""
+        exponent = steps.squeeze(-1).log2().round() + 127
+        return replace(q, scale=exponent.clamp_(0, LARGEST_EXPONENT).to(torch.uint8))
+
+    def snap(self, z: Tensor, q: QParams) -> Tensor:
+        """Return the E2M1 value nearest to every `z`; overwrites `z`."""
+        return round_e2m1(z)
+
+    def reach(self, q: QParams) -> tuple[float, float]:
+        """Return -7 and 7: half of the last step beyond 6."""
+        return -E2M1_REACH, E2M1_REACH
 
     def layout(self, shape: tuple[int, int]) -> dict[str, Slot]:
         """Return suffix -> dtype and shape of the stored tensors."""
@@ -123,8 +140,3 @@ class MXFP4:
     def starts(self, w: Tensor, global_scale: Tensor | None = None) -> Iterator[QParams]:
         """Yield the min-max parameters of `w`: there is no global scale to choose."""
         yield self.fit(w, global_scale)
-
-
-def _steps(q: QParams) -> Tensor:
-    """Return the value of one E2M1 unit per group, float32 `[out, groups, 1]`."""
-    return decode_e8m0(q.scale).unsqueeze(-1)

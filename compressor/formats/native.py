@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from compressor.errors import CheckpointError
-from compressor.formats import BUILDERS, get_format
-from compressor.formats.base import QuantFormat
+from compressor.formats import BUILDERS, FIXED_GROUP, GroupSize, get_format
+from compressor.formats.base import QuantFormat, group_setting
 
 QUANT_METHOD = "compressor"
 MODEL_TYPE_PREFIX = "compressor_"
@@ -26,7 +26,7 @@ SCALE_DTYPES = {None: None, "bfloat16": torch.bfloat16, "float16": torch.float16
 class NativeSchemes:
     """A parsed native `quantization_config`: module name on disk -> format."""
 
-    entries: tuple[tuple[str, int | None, torch.dtype | None], ...]
+    entries: tuple[tuple[str, GroupSize, torch.dtype | None], ...]
     modules: Mapping[str, int]
 
     @classmethod
@@ -49,7 +49,7 @@ class NativeSchemes:
             known = isinstance(entry, Mapping) and entry.get("name") in BUILDERS
             size = entry.get("group_size") if known else None
             dtype = entry.get("scale_dtype") if known else None
-            if not known or not (size is None or (isinstance(size, int) and size > 0)) or dtype not in SCALE_DTYPES:
+            if not known or not _is_group_size(entry["name"], size) or dtype not in SCALE_DTYPES:
                 raise CheckpointError(f"quantization_config: format {entry!r} is unknown", "upgrade this package")
             parsed.append((str(entry["name"]), size, SCALE_DTYPES[dtype]))
         for module, index in modules.items():
@@ -75,4 +75,11 @@ def native_entry(fmt: QuantFormat) -> dict[str, Any]:
     """Return the JSON a native config names a format by."""
     dtype = getattr(fmt, "dtype", None)
     stored = next(name for name, known in SCALE_DTYPES.items() if known == dtype)
-    return {"name": fmt.name, "group_size": fmt.group_size, "scale_dtype": stored}
+    return {"name": fmt.name, "group_size": group_setting(fmt), "scale_dtype": stored}
+
+
+def _is_group_size(name: str, size: Any) -> bool:
+    """Return whether a format can have this group size."""
+    if size == "tensor":
+        return name not in FIXED_GROUP
+    return size is None or (isinstance(size, int) and size > 0)

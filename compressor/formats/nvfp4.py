@@ -23,9 +23,12 @@ from compressor.formats.base import (
     require_layout,
 )
 from compressor.formats.bitstream import pack_nibbles, unpack_nibbles
-from compressor.formats.e2m1 import E2M1_MAX, decode_e2m1, encode_e2m1, round_e2m1
+from compressor.formats.e2m1 import E2M1_MAX, E2M1_REACH, decode_e2m1, encode_e2m1, round_e2m1
 
 FP8_MAX = 448.0
+SMALLEST_SCALE = 2.0**-9
+"""The smallest positive FP8 value."""
+
 ZERO_SCALE = 0.125
 """What replaces a group scale that rounds to zero, as in compressed-tensors."""
 
@@ -76,16 +79,35 @@ class NVFP4:
 
     def encode(self, w: Tensor, q: QParams) -> Tensor:
         """Return the nearest codes, uint8 `[out, in]`, in float32 against the stored scales."""
-        return encode_e2m1(grouped(w.float(), self.group_size) / self._steps(q)).flatten(-2)
+        return encode_e2m1(grouped(w.float(), self.group_size) / self.steps(q)).flatten(-2)
 
     def decode(self, codes: Tensor, q: QParams) -> Tensor:
         """Return `E2M1(code) * (scale / global_scale)`, float32 `[out, in]`."""
-        return grouped(decode_e2m1(codes), self.group_size).mul_(self._steps(q)).flatten(-2)
+        return grouped(decode_e2m1(codes), self.group_size).mul_(self.steps(q)).flatten(-2)
 
     def round(self, w: Tensor, q: QParams) -> Tensor:
         """Return `decode(encode(w, q), q)` in one step, float32; scales may have further dimensions in front."""
-        steps = self._steps(q)
+        steps = self.steps(q)
         return round_e2m1(grouped(w.float(), self.group_size) / steps).mul_(steps).flatten(-2)
+
+    def steps(self, q: QParams) -> Tensor:
+        """Return the value of one E2M1 unit per group, float32 `[out, groups, 1]`."""
+        assert q.global_scale is not None, "NVFP4 parameters carry a global scale"
+        return (q.scale.float() / q.global_scale).unsqueeze(-1)
+
+    def with_steps(self, q: QParams, steps: Tensor) -> QParams:
+        """Return `q` with the positive FP8 scales nearest to `steps` `[out, groups, 1]` under its global scale."""
+        assert q.global_scale is not None, "NVFP4 parameters carry a global scale"
+        scale = (steps.squeeze(-1) * q.global_scale).clamp(SMALLEST_SCALE, FP8_MAX)
+        return replace(q, scale=scale.to(torch.float8_e4m3fn))
+
+    def snap(self, z: Tensor, q: QParams) -> Tensor:
+        """Return the E2M1 value nearest to every `z`; overwrites `z`."""
+        return round_e2m1(z)
+
+    def reach(self, q: QParams) -> tuple[float, float]:
+        """Return -7 and 7: half of the last step beyond 6."""
+        return -E2M1_REACH, E2M1_REACH
 
     def layout(self, shape: tuple[int, int]) -> dict[str, Slot]:
         """Return suffix -> dtype and shape of the stored tensors."""
@@ -147,8 +169,3 @@ class NVFP4:
         yield self.fit(w, divisor)
         for factor in _GLOBAL_FACTORS:
             yield self.fit(w, divisor * factor)
-
-    def _steps(self, q: QParams) -> Tensor:
-        """Return the value of one E2M1 unit per group, float32 `[out, groups, 1]`."""
-        assert q.global_scale is not None, "NVFP4 parameters carry a global scale"
-        return (q.scale.float() / q.global_scale).unsqueeze(-1)

@@ -150,19 +150,23 @@ def format_from_scheme(scheme: Mapping[str, Any], container: str, dtype: torch.d
     strategy, size = scheme.get("strategy"), scheme.get("group_size")
     if strategy is None:
         strategy = "tensor" if size is None else "group" if size > 0 else "channel"
-    if not scheme.get("symmetric", True):
+    symmetric = bool(scheme.get("symmetric", True))
+    if not symmetric and container != "pack-quantized":
         raise _unsupported(container, "symmetric", False)
     if scheme.get("dynamic", False):
         raise _unsupported(container, "dynamic", scheme["dynamic"])
-    if scheme.get("actorder"):
+    # "weight" is an order in which codes were chosen; what is stored is the same. (The other orders were removed.)
+    if scheme.get("actorder") not in (None, False, "weight", "static"):
         raise _unsupported(container, "actorder", scheme["actorder"])
     if container == "pack-quantized":
         if kind != "int" or bits not in range(2, 9):
             raise _unsupported(container, "num_bits, type", (bits, kind))
-        if strategy == "channel":
-            return IntFormat(bits, None, dtype)
+        if not symmetric and scheme.get("zp_dtype") not in (None, "torch.int8"):
+            raise _unsupported(container, "zp_dtype", scheme["zp_dtype"])
+        if strategy in ("channel", "tensor"):
+            return IntFormat(bits, None, dtype, symmetric, per_tensor=strategy == "tensor")
         if strategy == "group" and isinstance(size, int) and size > 0:
-            return IntFormat(bits, size, dtype)
+            return IntFormat(bits, size, dtype, symmetric)
         raise _unsupported(container, "strategy, group_size", (strategy, size))
     if container == "float-quantized":
         if (bits, kind) != (8, "float"):

@@ -18,7 +18,16 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from compressor.errors import NumericalError
-from compressor.formats.base import PackedTensor, QParams, QuantFormat, SearchableFormat, bits_per_weight
+from compressor.formats.base import (
+    PackedTensor,
+    QParams,
+    QuantFormat,
+    ScaledFormat,
+    SearchableFormat,
+    bits_per_weight,
+    group_setting,
+    grouped,
+)
 
 _SLACK = 2.0**-21
 """Relative error of float32 division and multiplication: it may decide between two codes equally near."""
@@ -26,7 +35,8 @@ _SLACK = 2.0**-21
 
 def describe(fmt: QuantFormat) -> str:
     """Return a short test id: name, group and, where the format has one, the scale dtype."""
-    parts = [fmt.name, "channel" if fmt.group_size is None else f"g{fmt.group_size}"]
+    size = group_setting(fmt) or "channel"
+    parts = [fmt.name, f"g{size}" if isinstance(size, int) else size]
     dtype = getattr(fmt, "dtype", None)
     return "-".join([*parts, *([str(dtype).removeprefix("torch.")] if dtype else [])])
 
@@ -82,12 +92,14 @@ class FormatConformance:
         assert torch.equal(fmt.unpack(fmt.pack(codes, q))[0], codes)
 
     def test_zero_stays_zero(self, fmt: QuantFormat) -> None:
-        """0 and -0 encode to one and the same code, and it decodes to 0, whatever the scales."""
+        """0 and -0 encode to one code, the same for every scale unless there are zero points, and it decodes to 0."""
         q = fmt.fit(_weights(fmt, 8, 3))
         zeros = torch.zeros(8, 3 * _width(fmt))
         codes = fmt.encode(zeros, q)
         assert torch.equal(codes, fmt.encode(-zeros, q)), "-0 has another code than 0"
-        assert (codes == codes[0, 0]).all(), "zero has several codes"
+        alike = codes if q.zero_point is None else grouped(codes, fmt.group_size)
+        first = codes[0, 0] if q.zero_point is None else alike[..., :1]
+        assert (alike == first).all(), "zero has several codes"
         decoded = fmt.decode(codes, q)
         assert not decoded.any(), f"zero decodes to {decoded.abs().max()}"
         assert not decoded.signbit().any(), "zero decodes to -0"
@@ -116,8 +128,11 @@ class FormatConformance:
             w = _weights(fmt, 6, 3, seed) * spread
             q = fmt.fit(w)
             chosen = (fmt.decode(fmt.encode(w, q), q).double() - w.double()).abs()
-            best = (_grid(fmt, q, w.shape) - w.double()).abs().amin(0)
-            worse = chosen > best + _SLACK * w.double().abs()
+            grid = _grid(fmt, q, w.shape)
+            best = (grid - w.double()).abs().amin(0)
+            # A zero point is added to a float32 quotient: the sum is exact to the grid's width, not to the weight's.
+            size = w.double().abs() if q.zero_point is None else grid.amax(0) - grid.amin(0)
+            worse = chosen > best + _SLACK * size
             assert not worse.any(), f"{int(worse.sum())} of {w.numel()} weights have a nearer code"
 
     def test_min_max_covers_the_weights(self, fmt: QuantFormat) -> None:
@@ -294,7 +309,7 @@ class FormatConformance:
 
     def test_rounding_is_decoding_what_was_encoded(self, fmt: QuantFormat) -> None:
         """`round` gives the values of the codes that `encode` gives, ties included, for one scale or many at once."""
-        if not isinstance(fmt, SearchableFormat):
+        if not isinstance(fmt, ScaledFormat):
             return
         w = _weights(fmt, 8, 3)
         q = fmt.fit(w)
@@ -302,11 +317,36 @@ class FormatConformance:
         ties = (values[1:] + values[:-1]) / 2
         for z in (w, *values, *ties, values[0] * 3, values[-1] * 3):
             assert torch.equal(fmt.round(z, q), fmt.decode(fmt.encode(z, q), q))
+        if not isinstance(fmt, SearchableFormat):
+            return
         candidates = [replace(q, scale=scale) for scale in (q.scale, q.scale.flip(0))]
         scales = torch.stack([candidate.scale.view(torch.uint8) for candidate in candidates]).view(q.scale.dtype)
         together = fmt.round(w, replace(q, scale=scales))  # [candidates, out, in]
         for rounded, candidate in zip(together, candidates, strict=True):
             assert torch.equal(rounded, fmt.decode(fmt.encode(w, candidate), candidate))
+
+    def test_the_grid_stretches_with_its_steps(self, fmt: QuantFormat) -> None:
+        """Values are `steps * snap(w / steps)`; new steps are stored as near as possible; reach says what saturates."""
+        if not isinstance(fmt, ScaledFormat):
+            return
+        w = _weights(fmt, 8, 3)
+        q = fmt.fit(w)
+        steps = fmt.steps(q)  # [out, groups, 1]
+        assert torch.equal(fmt.snap(grouped(w, fmt.group_size) / steps, q).mul_(steps).flatten(-2), fmt.round(w, q))
+        assert_same_params(fmt.with_steps(q, steps), q)
+        for factor in (0.5, 0.7, 0.9):  # larger ones may saturate
+            moved = fmt.with_steps(q, steps * factor)
+            assert_usable(fmt, moved, w.shape)
+            ratio = fmt.steps(moved) / (steps * factor)
+            assert float(ratio.min()) > 0.66
+            assert float(ratio.max()) < 1.5  # a power of two is at most a factor of sqrt(2) away
+        low, high = (torch.as_tensor(limit).expand_as(steps) for limit in fmt.reach(q))
+        inside = torch.cat([low + 1e-3, high - 1e-3], -1) * steps  # [out, groups, 2]
+        width = fmt.group_size or w.shape[1]
+        z = inside.repeat(1, 1, width)[..., :width]  # [out, groups, group]
+        gap = (fmt.round(z.flatten(-2), q) - z.flatten(-2)).abs().view_as(z) / steps
+        further = (fmt.round((z * 1.5).flatten(-2), q) - (z * 1.5).flatten(-2)).abs().view_as(z) / steps
+        assert torch.all(further > gap), "what lies outside the reach must move further than what lies inside"
 
 
 def valid_codes(fmt: QuantFormat) -> Tensor:
@@ -338,11 +378,13 @@ def assert_same_params(a: QParams, b: QParams) -> None:
 
 
 def assert_usable(fmt: QuantFormat, q: QParams, shape: tuple[int, ...]) -> None:
-    """Fail unless every group's grid is finite and reaches to both sides of zero."""
+    """Fail unless every group's grid is finite and reaches to both sides of zero, or of its zero point."""
     grid = _grid(fmt, q, shape)
     assert torch.isfinite(grid).all(), "a code decodes to NaN or Inf"
-    assert (grid.amax(0) > 0).all(), "a group's scale is zero or negative"
-    assert (grid.amin(0) < 0).all(), "a group cannot hold negative weights"
+    assert (grid.amax(0) > grid.amin(0)).all(), "a group's scale is zero"
+    if q.zero_point is None:  # else it may be at either end of the grid: weights of a group can have one sign
+        assert (grid.amax(0) > 0).all(), "a group's scale is zero or negative"
+        assert (grid.amin(0) < 0).all(), "a group cannot hold negative weights"
 
 
 def _grid(fmt: QuantFormat, q: QParams, shape: tuple[int, ...]) -> Tensor:

@@ -38,6 +38,33 @@ class TestIntScaleDtypes(FormatConformance):
     )
 
 
+class TestAsymmetricIntGroups(FormatConformance):
+    formats = tuple(
+        IntFormat(bits, group, BF16, symmetric=False)
+        for bits, group in ((2, 32), (3, 64), (4, 64), (5, 64), (6, 64), (7, 64), (8, 64))
+    )
+
+
+class TestAsymmetricIntChannels(FormatConformance):
+    formats = tuple(IntFormat(bits, None, BF16, symmetric=False) for bits in (2, 3, 4, 8))
+
+
+class TestAsymmetricIntScaleDtypes(FormatConformance):
+    formats = tuple(
+        IntFormat(bits, group, dtype, symmetric=False)
+        for dtype in (FP16, FP32)
+        for bits, group in ((2, 64), (4, 64), (8, None))
+    )
+
+
+class TestIntTensors(FormatConformance):
+    formats = tuple(
+        IntFormat(bits, None, dtype, symmetric, per_tensor=True)
+        for symmetric in (True, False)
+        for bits, dtype in ((2, BF16), (3, FP16), (4, BF16), (8, BF16), (8, FP32))
+    )
+
+
 class TestNVFP4(FormatConformance):
     formats = (NVFP4(),)
 
@@ -77,6 +104,11 @@ def test_registry_builds_each_format_under_its_name() -> None:
         assert isinstance(fmt, SearchableFormat) == (name in ("nvfp4", "mxfp4", "fp4"))
 
 
+def test_one_scale_per_matrix_and_groups_exclude_each_other() -> None:
+    with pytest.raises(UnsupportedError, match="per 64 inputs"):
+        IntFormat(4, 64, BF16, per_tensor=True)
+
+
 @pytest.mark.parametrize(
     ("bits", "group", "dtype"), [(1, 64, BF16), (9, 64, BF16), (4, 0, BF16), (4, 64, torch.float64)]
 )
@@ -110,6 +142,25 @@ class UnroundedScale(IntFormat):
 
     def pack(self, codes: Tensor, q: QParams) -> PackedTensor:
         return super().pack(codes, replace(q, scale=q.scale.to(self.dtype)))
+
+
+class ForgottenZeroPoints(IntFormat):
+    """Reads asymmetric codes as if they were symmetric."""
+
+    def unpack(self, packed: PackedTensor) -> tuple[Tensor, QParams]:
+        codes, q = super().unpack(packed)
+        assert q.zero_point is not None
+        return codes, replace(q, zero_point=torch.zeros_like(q.zero_point))
+
+
+class RealZeroPoints(IntFormat):
+    """Rounds weights to a grid that does not hit zero."""
+
+    def encode(self, w: Tensor, q: QParams) -> Tensor:
+        return super().encode(w - 0.4 * q.scale.float().repeat_interleave(w.shape[1] // q.scale.shape[1], 1), q)
+
+    def decode(self, codes: Tensor, q: QParams) -> Tensor:
+        return super().decode(codes, q) + 0.4 * q.scale.float().repeat_interleave(codes.shape[1] // q.scale.shape[1], 1)
 
 
 class HalfStepOff(IntFormat):
@@ -160,6 +211,9 @@ class RoundingUp(Float4):
         (SwappedNibbles(), "test_all_codes_survive_packing_bit_for_bit"),
         (SwappedNibbles(), "test_every_code_survives_in_every_lane"),
         (UnroundedScale(4, 64, BF16), "test_parameters_are_in_stored_precision"),
+        (ForgottenZeroPoints(4, 64, BF16, symmetric=False), "test_all_codes_survive_packing_bit_for_bit"),
+        (ForgottenZeroPoints(4, 64, BF16, symmetric=False), "test_parameters_are_in_stored_precision"),
+        (RealZeroPoints(4, 64, BF16, symmetric=False), "test_zero_stays_zero"),
         (HalfStepOff(4, 64, BF16), "test_zero_stays_zero"),
         (HalfStepOff(4, 64, BF16), "test_zero_groups_and_rows_have_usable_scales"),
         (TruncatingCodes(4, 64, BF16), "test_codes_are_the_nearest"),

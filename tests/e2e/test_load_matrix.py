@@ -4,6 +4,7 @@ Every expectation is strict in both directions: if a reader gets better, this fi
 it can go.
 """
 
+import json
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,10 @@ DENSE: dict[str, dict[str, object]] = {
     "int4-channel": {"format": "int4", "group_size": "channel"},
     "int3": {"format": "int3"},
     "int8": {"format": "int8"},
+    "int4-tensor": {"format": "int4", "group_size": "tensor"},
+    "int4-asym": {"format": "int4-asym"},
+    "int3-asym-channel": {"format": "int3-asym", "group_size": "channel"},
+    "int4-asym-tensor": {"format": "int4-asym", "group_size": "tensor"},
     "fp8-tensor": {"format": "fp8-tensor"},
     "fp8-channel": {"format": "fp8"},
     "fp8-block": {"format": "fp8-block"},
@@ -30,11 +35,16 @@ DENSE: dict[str, dict[str, object]] = {
     "mxfp8": {"format": "mxfp8"},
     "int4+int8": {"format": "int4", "overrides": {"*.down_proj": "int8"}},
     "int4+fp8": {"format": "int4", "overrides": {"*.self_attn.*": "fp8"}},
+    "int4-asym+int8": {"format": "int4-asym", "overrides": {"*.down_proj": "int8"}},
 }
 MOE: dict[str, dict[str, object]] = {
     "int4": {"format": "int4"},
     "int3": {"format": "int3"},
     "int8": {"format": "int8"},
+    "int4-tensor": {"format": "int4", "group_size": "tensor"},
+    "int4-asym": {"format": "int4-asym"},
+    "int4-asym-tensor": {"format": "int4-asym", "group_size": "tensor"},
+    "int4+int4-asym": {"format": "int4", "overrides": {"*.self_attn.*": "int4-asym"}},
     "fp8-channel": {"format": "fp8"},
     "fp8-tensor": {"format": "fp8-tensor"},
     "fp8-block": {"format": "fp8-block"},
@@ -46,8 +56,17 @@ MOE: dict[str, dict[str, object]] = {
 }
 UPSTREAM: dict[str, str] = {
     # Case -> how the reader fails; anything else must be exact. As of transformers 5.23, compressed-tensors 0.20.
+    "dense int4-asym default": "error",  # its model expects zero points unpacked
+    "dense int3-asym-channel default": "error",
+    "dense int4-asym+int8 default": "error",
+    "dense int4-asym+int8 dequantize": "error",
     "dense int4+int8 dequantize": "error",
     "dense int4+fp8 dequantize": "error",
+    "moe int4-asym default": "error",
+    "moe int4-asym dequantize": "error",
+    "moe int4-asym-tensor default": "wrong",
+    "moe int4-asym-tensor dequantize": "wrong",
+    "moe int4+int4-asym default": "error",
     "moe fp8-block default": "error",
     "moe fp8-block dequantize": "error",
     "moe nvfp4 default": "wrong",
@@ -111,6 +130,20 @@ def test_stock_transformers(case: str, matrix: dict[str, tuple[Path, Loaded]]) -
     assert found == UPSTREAM.get(case, "exact"), loaded.error
     if found == "exact":
         assert not loaded.wrong_keys
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.endswith("default")])
+def test_the_report_warns_of_what_fails(case: str, matrix: dict[str, tuple[Path, Loaded]]) -> None:
+    """Exactly the results that plain `from_pretrained` does not read get a note, and it names the right failure."""
+    events = json.loads((matrix[case][0] / "compress_report.json").read_text())["events"]
+    notes = [event for event in events if event.startswith("stock transformers")]
+    word = {"error": "raises", "wrong": "without a word"}.get(UPSTREAM.get(case, "exact"))
+    assert len(notes) == (word is not None)
+    assert all(str(word) in note for note in notes)
+    if any("dequantize=True" in note for note in notes):
+        assert case.replace("default", "dequantize") not in UPSTREAM
+    else:
+        assert case not in ("dense int4-asym default", "dense int3-asym-channel default")
 
 
 @pytest.mark.parametrize("case", sorted({case.rpartition(" ")[0] for case in CASES}))

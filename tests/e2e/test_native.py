@@ -109,9 +109,13 @@ def test_searched_native_format_beats_rounding(tmp_path: Path) -> None:
 
 def test_native_and_other_formats_mix(tmp_path: Path) -> None:
     out = write(models.tiny_llama(), tmp_path, overrides={"*.down_proj": "int8", "*.mlp.up_proj": "nvfp4",
-                                                          "*.mlp.gate_proj": "nvfp4"})  # fmt: skip
-    names = {entry["name"] for entry in json.loads((out / "config.json").read_text())["quantization_config"]["formats"]}
-    assert names == {"fp4", "int8", "nvfp4"}
+                                                          "*.mlp.gate_proj": "nvfp4", "*.o_proj": "int3-asym:32",
+                                                          "*.1.self_attn.o_proj": "int8-asym:tensor"})  # fmt: skip
+    entries = json.loads((out / "config.json").read_text())["quantization_config"]["formats"]
+    assert {(entry["name"], entry["group_size"]) for entry in entries} == {
+        *(("fp4", None), ("int8", 64), ("nvfp4", 16)),
+        *(("int3-asym", 32), ("int8-asym", "tensor")),
+    }
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     tokens = models.sample_tokens(model)
     with torch.no_grad():
@@ -124,6 +128,8 @@ def test_native_and_other_formats_mix(tmp_path: Path) -> None:
         {"version": 2},
         {"formats": [{"name": "fp99", "group_size": None, "scale_dtype": None}]},
         {"formats": [{"name": "fp4", "group_size": -1, "scale_dtype": None}]},
+        {"formats": [{"name": "fp4", "group_size": "tensor", "scale_dtype": None}]},
+        {"formats": [{"name": "int4", "group_size": "row", "scale_dtype": None}]},
         {"formats": [{"name": "int4", "group_size": 64, "scale_dtype": "object"}]},
         {"formats": "fp4"},
         {"modules": {"model.layers.0.mlp.up_proj": 7}},

@@ -20,7 +20,7 @@ from compressed_tensors.quantization.utils.mxfp_utils import generate_mx_scales
 from torch import Tensor
 
 from compressor.errors import CheckpointError
-from compressor.formats.base import PackedTensor, QParams, QuantFormat
+from compressor.formats.base import PackedTensor, QParams, QuantFormat, group_setting
 from compressor.formats.e2m1 import E2M1_VALUES
 from compressor.formats.fp8 import FP8
 from compressor.formats.ints import IntFormat
@@ -34,13 +34,25 @@ INTS = [IntFormat(bits, 64, BF16) for bits in range(2, 9)] + [
     IntFormat(4, 64, torch.float32),
     IntFormat(3, None, BF16),
     IntFormat(8, None, torch.float32),
+    *(IntFormat(bits, None, dtype, per_tensor=True) for bits, dtype in ((4, BF16), (8, torch.float32))),
+]
+ASYMMETRIC = [
+    *(IntFormat(bits, 64, BF16, symmetric=False) for bits in range(2, 9)),
+    IntFormat(4, 32, torch.float16, symmetric=False),
+    IntFormat(4, 64, torch.float32, symmetric=False),
+    IntFormat(3, None, BF16, symmetric=False),
+    IntFormat(8, None, torch.float32, symmetric=False),
+    *(
+        IntFormat(bits, None, dtype, symmetric=False, per_tensor=True)
+        for bits, dtype in ((3, BF16), (8, torch.float32))
+    ),
 ]
 FP8S = [FP8(granularity, dtype) for granularity in ("channel", "tensor", "block") for dtype in (BF16, torch.float32)]
-FORMATS: list[QuantFormat] = [*INTS, *FP8S, FP8("channel", torch.float16), NVFP4(), MXFP4(), MXFP8()]
+FORMATS: list[QuantFormat] = [*INTS, *ASYMMETRIC, *FP8S, FP8("channel", torch.float16), NVFP4(), MXFP4(), MXFP8()]
 
 
 def label(fmt: QuantFormat) -> str:
-    return f"{fmt.name}-{fmt.group_size}-{getattr(fmt, 'dtype', '')}"
+    return f"{fmt.name}-{group_setting(fmt)}-{getattr(fmt, 'dtype', '')}"
 
 
 def uneven_weights(rows: int) -> Tensor:
@@ -70,20 +82,20 @@ def their_args(fmt: QuantFormat) -> QuantizationArgs:
     return QuantizationArgs(**fmt.scheme())
 
 
-def their_params(fmt: QuantFormat, w: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Scale in float32 (or powers of two) and global scale, as their observers would compute them."""
+def their_params(fmt: QuantFormat, w: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Scale in float32 (or powers of two), zero point and global scale, as their observers would compute them."""
     args = their_args(fmt)
     if isinstance(fmt, IntFormat | FP8):
         args.scale_dtype = fmt.dtype  # rounds the scale before it is used, as a reader of the checkpoint will see it
     groups = their_groups(fmt, w)
     divisor = generate_gparam(w.min(), w.max()) if fmt.has_global_scale else None
-    scale, _ = calculate_qparams(groups.amin(-1), groups.amax(-1), args, global_scale=divisor)
-    return scale, divisor
+    scale, zero_point = calculate_qparams(groups.amin(-1), groups.amax(-1), args, global_scale=divisor)
+    return scale, None if args.symmetric else zero_point, divisor
 
 
 def their_groups(fmt: QuantFormat, w: Tensor) -> Tensor:
     """The weights under each scale, along the last dimension."""
-    if isinstance(fmt, FP8) and fmt.granularity == "tensor":
+    if group_setting(fmt) == "tensor" or (isinstance(fmt, FP8) and fmt.granularity == "tensor"):
         return w.flatten()[None]
     if isinstance(fmt, FP8) and fmt.granularity == "block":
         blocks = maybe_pad_tensor_for_block_quant(w, (128, 128)).unflatten(1, (-1, 128)).unflatten(0, (-1, 128))
@@ -93,13 +105,15 @@ def their_groups(fmt: QuantFormat, w: Tensor) -> Tensor:
 
 def their_codes(fmt: QuantFormat, w: Tensor) -> Tensor:
     """Their rounded values on the unscaled grid: integers, or float values with the sign of zero kept."""
-    scale, divisor = their_params(fmt, w)
-    return quantize(w, scale, None, their_args(fmt), global_scale=divisor)
+    scale, zero_point, divisor = their_params(fmt, w)
+    return quantize(w, scale, zero_point, their_args(fmt), global_scale=divisor)
 
 
 def state(fmt: QuantFormat, w: Tensor) -> dict[str, Tensor]:
-    scale, divisor = their_params(fmt, w)
+    scale, zero_point, divisor = their_params(fmt, w)
     stored = {"weight": w, "weight_scale": scale.to(fmt.dtype) if isinstance(fmt, IntFormat | FP8) else scale}
+    if zero_point is not None:
+        stored["weight_zero_point"] = zero_point
     return stored if divisor is None else {**stored, "weight_global_scale": divisor}
 
 
@@ -117,7 +131,13 @@ def ours(fmt: QuantFormat, w: Tensor) -> tuple[Tensor, QParams, PackedTensor]:
 @pytest.mark.parametrize("fmt", FORMATS, ids=label)
 def test_scales(fmt: QuantFormat, weights: Tensor) -> None:
     q = fmt.fit(weights)
-    scale, divisor = their_params(fmt, weights)
+    scale, zero_point, divisor = their_params(fmt, weights)
+    if zero_point is None:
+        assert q.zero_point is None
+    else:
+        assert q.zero_point is not None
+        assert (q.zero_point.dtype, q.zero_point.shape) == (torch.int8, zero_point.shape)
+        assert torch.equal(q.zero_point, zero_point)
     mine = torch.exp2(q.scale.double() - 127).float() if isinstance(fmt, MXFP4 | MXFP8) else q.scale.float()
     assert torch.equal(mine, scale)
     if divisor is None:
@@ -163,7 +183,8 @@ def test_tensors_of_their_compressor(fmt: QuantFormat, weights: Tensor) -> None:
     for suffix, tensor in theirs.items():
         mine = packed.tensors[suffix]
         assert (mine.dtype, mine.shape) == (tensor.dtype, tensor.shape), suffix
-        assert torch.equal(mine.view(torch.uint8), tensor.view(torch.uint8)), suffix
+        # Flat: their transposed matrices of one column have strides that no other dtype can view.
+        assert torch.equal(mine.flatten().view(torch.uint8), tensor.flatten().view(torch.uint8)), suffix
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=label)
@@ -179,9 +200,9 @@ def test_dense_values_of_their_compressor(fmt: QuantFormat, weights: Tensor) -> 
 @pytest.mark.parametrize("fmt", FORMATS, ids=label)
 def test_dense_values_in_float32(fmt: QuantFormat, weights: Tensor) -> None:
     codes, q, _ = ours(fmt, weights)
-    scale, divisor = their_params(fmt, weights)
+    scale, zero_point, divisor = their_params(fmt, weights)
     theirs = dequantize(
-        their_codes(fmt, weights), scale, args=their_args(fmt), dtype=torch.float32, global_scale=divisor
+        their_codes(fmt, weights), scale, zero_point, their_args(fmt), dtype=torch.float32, global_scale=divisor
     )
     assert torch.equal(fmt.decode(codes, q), theirs)
 
@@ -254,8 +275,85 @@ def test_mxfp4_candidates_never_reach_nan_or_overflow() -> None:
     assert all((q.scale.int()[0] + step).max() <= 252 and (q.scale.int()[0] + step).min() >= 0 for step in steps)
 
 
+def lopsided_weights() -> Tensor:
+    """Weights `[40, 192]` with groups of one sign, shifted, constant, underflowing, or with one outlier."""
+    w = uneven_weights(40)
+    w[0] = w[0].abs()
+    w[1] = -w[1].abs()
+    w[2] += 0.05
+    w[4] = 3.25
+    w[5] = -1e-3
+    w[6, :64] = 1e-42  # the range over the number of steps underflows to zero, or nearly
+    w[6, 64:128] = -1e-45
+    w[8, 70] = -7.5  # one outlier: most codes mean nothing
+    return w
+
+
+@pytest.mark.parametrize("fmt", ASYMMETRIC, ids=label)
+def test_lopsided_groups(fmt: IntFormat) -> None:
+    w = lopsided_weights()
+    codes, q, packed = ours(fmt, w)
+    scale, zero_point, _ = their_params(fmt, w)
+    assert torch.equal(q.scale.float(), scale)
+    assert torch.equal(q.zero_point, zero_point)
+    assert torch.equal(codes.float() - fmt.zero_code, their_codes(fmt, w))
+    theirs = BaseCompressor.get_value_from_registry(fmt.container).compress(state(fmt, w), compressor_of(fmt)[1])
+    assert torch.equal(packed.tensors["weight_zero_point"], theirs["weight_zero_point"])
+    if not fmt.per_tensor:
+        assert (q.zero_point[0] == -fmt.zero_code).all(), "weights of one sign have the zero point at the end"
+        assert (q.zero_point[1] == fmt.zero_code - 1).all()
+        assert (codes[4] == 2**fmt.bits - 1).all(), "a constant group lies at the end of its range"
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_ties_go_to_even_codes_after_the_zero_point(bits: int) -> None:
+    """Rounding before adding the zero point would give the other neighbour wherever the zero point is odd."""
+    fmt = IntFormat(bits, 64, torch.float32, symmetric=False)
+    n = 2**bits
+    places = (torch.arange(64) % (n - 1) + 0.5).repeat(n, 1)  # halfway between neighbours, counted from the lowest
+    zero_point = (torch.arange(n) - n // 2).to(torch.int8)[:, None]  # every one there is
+    w = places - zero_point.float() - n // 2
+    q = QParams(torch.ones(n, 1), zero_point)
+    codes = fmt.encode(w, q)
+    assert torch.equal(codes.float() - n // 2, quantize(w, q.scale, zero_point, their_args(fmt)))
+    assert torch.equal(fmt.snap(w[:, None].clone(), q).flatten(1), fmt.decode(codes, q))
+    assert not (codes % 2).any()
+
+
+def test_min_max_by_hand() -> None:
+    """4 bits over -0.52 ... 0.7: a step of 1.22 / 15, and zero at code 6, which is -2 counted from the middle."""
+    fmt = IntFormat(4, None, torch.float32, symmetric=False)
+    q = fmt.fit(w := torch.tensor([[0.7, -0.3, 0.11, -0.52]]))
+    assert q.scale.item() == pytest.approx(1.22 / 15, rel=1e-6)
+    assert q.zero_point.tolist() == [[-2]]
+    assert fmt.encode(w, q).tolist() == [[15, 2, 7, 0]]
+    assert fmt.decode(fmt.encode(w, q), q)[0].tolist() == pytest.approx(
+        [0.732, -0.3253333, 0.0813333, -0.488], rel=1e-5
+    )
+    assert fmt.reach(q)[0].tolist() == [[[-6.5]]]
+    assert fmt.reach(q)[1].tolist() == [[[9.5]]]
+
+
+def test_zero_points_are_packed_along_the_outputs() -> None:
+    """Eight rows to a word, the first in the lowest bits: -8 ... -1 are the nibbles 0 ... 7."""
+    fmt = IntFormat(4, 2, torch.float32, symmetric=False)
+    zero_point = (torch.arange(9, dtype=torch.int8) - 8)[:, None]
+    packed = fmt.pack(torch.zeros(9, 2, dtype=torch.uint8), QParams(torch.ones(9, 1), zero_point))
+    assert packed.tensors["weight_zero_point"].tolist() == [[0x76543210], [0x8]]
+
+
 @pytest.mark.parametrize(
-    "fmt", [IntFormat(4, 64, BF16), NVFP4(), MXFP4(), FP8("channel", BF16), FP8("block", BF16), MXFP8()], ids=label
+    "fmt",
+    [
+        IntFormat(4, 64, BF16),
+        IntFormat(4, 64, BF16, symmetric=False),
+        NVFP4(),
+        MXFP4(),
+        FP8("channel", BF16),
+        FP8("block", BF16),
+        MXFP8(),
+    ],
+    ids=label,
 )
 def test_damaged_tensors_are_refused_by_name(fmt: QuantFormat, weights: Tensor) -> None:
     _, _, packed = ours(fmt, weights)

@@ -9,8 +9,9 @@ from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.utils.match import is_match
 from torch import nn
 
-from compressor.errors import CheckpointError, UnsupportedError
-from compressor.formats import get_format
+from compressor.errors import CheckpointError, RecipeError, UnsupportedError
+from compressor.formats import FIXED_GROUP, GroupSize, get_format, parse_group_size
+from compressor.formats.base import group_setting
 from compressor.formats.ints import IntFormat
 from compressor.formats.schemes import Schemes, format_from_scheme
 
@@ -28,11 +29,15 @@ def config(**changes: Any) -> dict[str, Any]:
     return {**copy.deepcopy(CONFIG), **changes}
 
 
-@pytest.mark.parametrize("group_size", [32, 64, None])
+@pytest.mark.parametrize("group_size", [32, 64, None, "tensor"])
 @pytest.mark.parametrize(
-    "name", ["int2", "int3", "int4", "int8", "nvfp4", "mxfp4", "fp8", "fp8-tensor", "fp8-block", "mxfp8"]
+    "name",
+    [
+        *("int2", "int3", "int4", "int8", "int2-asym", "int4-asym", "int8-asym"),
+        *("nvfp4", "mxfp4", "fp8", "fp8-tensor", "fp8-block", "mxfp8"),
+    ],
 )
-def test_a_scheme_leads_back_to_its_format(name: str, group_size: int | None) -> None:
+def test_a_scheme_leads_back_to_its_format(name: str, group_size: GroupSize) -> None:
     fmt = get_format(name, group_size, torch.bfloat16)
     scheme, container = fmt.scheme(), fmt.container
     assert scheme is not None
@@ -41,6 +46,27 @@ def test_a_scheme_leads_back_to_its_format(name: str, group_size: int | None) ->
     # What that library writes back has every key spelled out.
     spelled = QuantizationArgs(**scheme).model_dump(mode="json")
     assert format_from_scheme(spelled, container, torch.bfloat16) == fmt
+
+
+@pytest.mark.parametrize("text", ["32", "channel", "tensor", None])
+@pytest.mark.parametrize("name", ["int3", "int8-asym"])
+def test_a_group_size_builds_the_format_that_has_it(name: str, text: str | None) -> None:
+    setting = parse_group_size(name, text)
+    fmt = get_format(name, setting, torch.float16)
+    assert setting == {"32": 32, "channel": None, "tensor": "tensor", None: 64}[text]
+    assert (fmt.name, group_setting(fmt)) == (name, setting)
+    assert len(fmt.layout((8, 64))["weight_scale"].shape) == (1 if text == "tensor" else 2)
+
+
+@pytest.mark.parametrize("name", FIXED_GROUP)
+def test_formats_with_one_group_size_refuse_others(name: str) -> None:
+    allowed = {"fp4": "channel", "fp8": "channel", "fp8-tensor": "tensor"}.get(name, str(FIXED_GROUP[name]))
+    for text in ("7", "channel", "tensor", "128", "32", "16"):
+        if text == allowed:
+            assert parse_group_size(name, text) == FIXED_GROUP[name]
+        else:
+            with pytest.raises(RecipeError, match=f"{name} has .*, not --group-size {text}"):
+                parse_group_size(name, text)
 
 
 def test_native_formats_have_no_scheme() -> None:
@@ -54,6 +80,7 @@ FP8 = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel",
 
 def test_left_out_keys_have_the_library_defaults() -> None:
     assert format_from_scheme({"group_size": -1}, "pack-quantized", torch.float32) == IntFormat(8, None, torch.float32)
+    assert format_from_scheme({}, "pack-quantized", torch.float32) == IntFormat(8, None, torch.float32, per_tensor=True)
     short = {"num_bits": 4, "group_size": 32}
     assert format_from_scheme(short, "pack-quantized", torch.float32) == IntFormat(4, 32, torch.float32)
 
@@ -61,10 +88,11 @@ def test_left_out_keys_have_the_library_defaults() -> None:
 @pytest.mark.parametrize(
     ("changes", "container", "reason"),
     [
-        ({"symmetric": False}, "pack-quantized", "symmetric"),
-        ({"actorder": "weight"}, "pack-quantized", "actorder"),
+        ({"symmetric": False, "zp_dtype": "torch.uint8"}, "pack-quantized", "zp_dtype"),
+        ({**FP8, "symmetric": False}, "float-quantized", "symmetric"),
+        ({"actorder": "group"}, "pack-quantized", "actorder"),
         ({"dynamic": True}, "pack-quantized", "dynamic"),
-        ({"strategy": "tensor", "group_size": None}, "pack-quantized", "strategy"),
+        ({"strategy": "token", "group_size": None}, "pack-quantized", "strategy"),
         ({"num_bits": 1}, "pack-quantized", "num_bits"),
         ({"type": "float"}, "pack-quantized", "type"),
         ({"type": "float", "strategy": "tensor_group", "group_size": 32}, "nvfp4-pack-quantized", "group_size"),
