@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor.calibration.stats import SecondMoment, SecondMomentSum
+from compressor.calibration.stats import Accumulator, Statistic
 from compressor.errors import UnsupportedError
 
-Statistics = dict[SecondMoment, SecondMomentSum]
+Statistics = dict[Statistic, Accumulator]
 
 
 class Capture:
@@ -34,7 +34,7 @@ class Capture:
         self,
         widths: Mapping[str, int],
         modules: Mapping[str, nn.Module],
-        specs: tuple[SecondMoment, ...],
+        specs: tuple[Statistic, ...],
         device: torch.device,
     ) -> None:
         self._modules = modules

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +20,49 @@ LANES = 8
 def lane_of(sample: int, n_samples: int) -> int:
     """Return the lane a sample belongs to: lanes are contiguous and as equal as possible."""
     return sample * min(LANES, n_samples) // n_samples
+
+
+class Accumulator(Protocol):
+    """What sums one statistic of one layer's input.
+
+    Attributes:
+        n_tokens: Rows seen so far.
+    """
+
+    n_tokens: int
+
+    @property
+    def max_abs(self) -> float:
+        """Largest input magnitude seen; NaN once a NaN was seen."""
+        ...
+
+    def update(self, x: Tensor) -> None:
+        """Add rows `x` `[tokens, in]` to the open lane."""
+        ...
+
+    def close_lane(self) -> None:
+        """Add the open lane to the total; called once per lane, in lane order."""
+        ...
+
+    def value(self) -> Tensor:
+        """Return the statistic, float32; all lanes must be closed."""
+        ...
+
+    def divide(self, c: Tensor) -> None:
+        """Turn the statistic of `x` into that of `x / c`, for positive factors `c` `[in]`; all lanes must be closed."""
+        ...
+
+
+class Statistic(Protocol):
+    """Asks for a statistic; equal requests are answered by one accumulator, so implementations are hashable."""
+
+    def start(self, in_features: int, device: torch.device) -> Accumulator:
+        """Return an empty accumulator for inputs of width `in_features`."""
+        ...
+
+    def size(self, in_features: int) -> int:
+        """Return how many float32 numbers an accumulator holds for each of its total and its open lane."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -35,6 +79,10 @@ class SecondMoment:
     def start(self, in_features: int, device: torch.device) -> SecondMomentSum:
         """Return an empty accumulator for inputs of width `in_features`."""
         return SecondMomentSum(self, in_features, device)
+
+    def size(self, in_features: int) -> int:
+        """Return the numbers in one sum."""
+        return in_features * (self.block or in_features)
 
 
 class SecondMomentSum:
@@ -78,3 +126,114 @@ class SecondMomentSum:
     def value(self) -> Tensor:
         """Return `sum x x^T`, `[in, in]` or `[in/block, block, block]`, float32; all lanes must be closed."""
         return self._total
+
+    def divide(self, c: Tensor) -> None:
+        """Turn `sum x x^T` into that of `x / c`; `max_abs` stays that of the inputs seen."""
+        if self.spec.block is None:
+            self._total.div_(c.unsqueeze(1)).div_(c)
+        else:
+            parts = c.unflatten(0, (-1, self.spec.block))  # [blocks, block]
+            self._total.div_(parts.unsqueeze(2)).div_(parts.unsqueeze(1))
+
+
+@dataclass(frozen=True)
+class MeanAbs:
+    """Asks for the mean of `|x|` over tokens, per channel: how loud a channel usually is."""
+
+    def start(self, in_features: int, device: torch.device) -> MeanAbsSum:
+        """Return an empty accumulator for inputs of width `in_features`."""
+        return MeanAbsSum(in_features, device)
+
+    def size(self, in_features: int) -> int:
+        """Return the numbers in one sum; they are float64."""
+        return 2 * in_features
+
+
+class MeanAbsSum:
+    """Accumulates `sum |x|` in float64.
+
+    Attributes:
+        n_tokens: Rows seen so far.
+        max_abs: Largest input magnitude seen; NaN once a NaN was seen.
+    """
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        self._total = torch.zeros(in_features, dtype=torch.float64, device=device)
+        self._lane = torch.zeros(in_features, dtype=torch.float64, device=device)
+        self._largest = torch.zeros((), dtype=torch.float32, device=device)
+        self.n_tokens = 0
+
+    @property
+    def max_abs(self) -> float:
+        """Largest input magnitude seen; NaN once a NaN was seen."""
+        return float(self._largest)
+
+    def update(self, x: Tensor) -> None:
+        """Add rows `x` `[tokens, in]` to the open lane."""
+        if x.shape[0] == 0:
+            return
+        magnitudes = x.float().abs()
+        self.n_tokens += x.shape[0]
+        self._largest = torch.maximum(self._largest, magnitudes.max())
+        self._lane += magnitudes.sum(0, dtype=torch.float64)
+
+    def close_lane(self) -> None:
+        """Add the open lane to the total."""
+        self._total += self._lane
+        self._lane.zero_()
+
+    def value(self) -> Tensor:
+        """Return the mean of `|x|`, float32 `[in]`; zeros if there were no tokens."""
+        return (self._total / max(self.n_tokens, 1)).float()
+
+    def divide(self, c: Tensor) -> None:
+        """Turn the mean of `|x|` into that of `|x / c|`; `max_abs` stays that of the inputs seen."""
+        self._total /= c
+
+
+@dataclass(frozen=True)
+class MaxAbs:
+    """Asks for the largest `|x|` over tokens, per channel: what a quantizer of the input would have to cover."""
+
+    def start(self, in_features: int, device: torch.device) -> MaxAbsOf:
+        """Return an empty accumulator for inputs of width `in_features`."""
+        return MaxAbsOf(in_features, device)
+
+    def size(self, in_features: int) -> int:
+        """Return the numbers it holds."""
+        return in_features
+
+
+class MaxAbsOf:
+    """Keeps the largest `|x|` of every channel; a maximum needs no lanes.
+
+    Attributes:
+        n_tokens: Rows seen so far.
+    """
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        self._largest = torch.zeros(in_features, dtype=torch.float32, device=device)
+        self.n_tokens = 0
+
+    @property
+    def max_abs(self) -> float:
+        """Largest input magnitude seen; NaN once a NaN was seen."""
+        return float(self._largest.max())
+
+    def update(self, x: Tensor) -> None:
+        """Take rows `x` `[tokens, in]` into account."""
+        if x.shape[0] == 0:
+            return
+        self.n_tokens += x.shape[0]
+        self._largest = torch.maximum(self._largest, x.float().abs().amax(0))  # both keep a NaN
+
+    def close_lane(self) -> None:
+        """Do nothing: the order of samples does not matter."""
+
+    def value(self) -> Tensor:
+        """Return the largest `|x|`, float32 `[in]`."""
+        return self._largest
+
+    def divide(self, c: Tensor) -> None:
+        """Turn the maximum of `|x|` into that of `|x / c|`."""
+        self._largest = self._largest / c

@@ -44,7 +44,11 @@ class Outcome:
     Attributes:
         decisions: Tensor name -> decision; one for every layer of the group.
         events: Sentences about fall-backs and surprises; each ends in the report.
+        metrics: Numbers about the block, such as losses; they end in the report beside its time.
+        rewrites: Name of a tensor that stays dense -> its new values, in the dtype and shape it has on disk.
     """
 
     decisions: Mapping[str, Decision]
     events: tuple[str, ...] = field(default=())
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    rewrites: Mapping[str, Tensor] = field(default_factory=dict)

@@ -8,9 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
+
+from compressor.formats import GroupSize
 
 OUTSIDE = -1
 """Block index of weights that belong to no block: embeddings, the final norm, the head."""
@@ -118,6 +121,44 @@ class ActivationSite:
         assert (self.format is None) != (self.kept_because is None), self.module
 
 
+class FoldKind(StrEnum):
+    """Between which operations a factor per channel can move."""
+
+    NORM = "norm"
+    """From a norm's gain into the layers that read its output."""
+    PRODUCT = "product"
+    """From the rows of a linear layer, past a product or a ReLU, into the columns of the next: up -> down."""
+    VALUE = "value"
+    """From the rows of the value projection, past attention, into the columns of the output projection."""
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A place where a producer may be divided by `c > 0` per channel if its readers' columns are multiplied by `c`.
+
+    Attributes:
+        name: Module that produces the channels (for an expert, its projection's module on disk).
+        kind: What lies in between.
+        block: Index in the block sequence.
+        scaled: Tensor on disk whose entries or rows are divided: a norm's weight, or a matrix `[channels, in]`.
+        bias: Tensor on disk that is divided with it, or None.
+        readers: Tensors on disk, `[out, channels]`, all of them compressed, whose columns are multiplied.
+        channels: Number of channels.
+        offset: A norm multiplies by `offset + weight`; 0 for most, 1 for Gemma's. 0 for matrices.
+        powers_of_two: Factors must be powers of two, as something that is stored with few bits is divided by them.
+    """
+
+    name: str
+    kind: FoldKind
+    block: int
+    scaled: str
+    bias: str | None
+    readers: tuple[str, ...]
+    channels: int
+    offset: float = 0.0
+    powers_of_two: bool = False
+
+
 @dataclass(frozen=True)
 class LayerPlan:
     """The fate of one tensor: a format, or the reason it stays as it is.
@@ -125,18 +166,21 @@ class LayerPlan:
     Attributes:
         ref: The tensor.
         format: Format name, or None when the tensor is copied.
-        group_size: Inputs per scale; None for one scale per row, or when the tensor is copied.
+        group_size: Inputs per scale, `"tensor"` for one scale per matrix; None for one scale per row, or when the
+            tensor is copied.
         bytes_before: Bytes on disk in the source.
         bytes_after: Bytes on disk in the result, scales included.
-        kept_because: Why nothing happens to it; None exactly when `format` is set.
+        kept_because: Why it stays dense; None exactly when `format` is set.
+        rewritten_because: Which fold may change its values all the same; None if none does.
     """
 
     ref: WeightRef
     format: str | None
-    group_size: int | None
+    group_size: GroupSize
     bytes_before: int
     bytes_after: int
     kept_because: str | None
+    rewritten_because: str | None = None
 
     def __post_init__(self) -> None:
         assert (self.format is None) != (self.kept_because is None), self.ref.name
@@ -156,6 +200,8 @@ class Plan:
         default_dtype: Dtype floating scales are stored in, in safetensors spelling.
         peak_bytes: Estimated peak of resident weights, statistics and activations while running.
         notes: Things the planner decided that a user may want to know.
+        folds: Where the method may move factors between operations, in the order they are applied.
+        unfolded: Compressed tensor -> why no factors reach it; empty for methods that move none.
         digest: SHA-256 over recipe, source, calibration data and package version; empty until sealed.
     """
 
@@ -168,6 +214,8 @@ class Plan:
     default_dtype: str
     peak_bytes: int
     notes: tuple[str, ...] = ()
+    folds: tuple[Fold, ...] = ()
+    unfolded: Mapping[str, str] = field(default_factory=dict)
     digest: str = field(default="", compare=False)
 
     @property
@@ -196,7 +244,7 @@ class Plan:
         return tuple(site.module for site in self.sites if site.block == block and site.format)
 
     @property
-    def formats(self) -> tuple[tuple[str, int | None], ...]:
+    def formats(self) -> tuple[tuple[str, GroupSize], ...]:
         """Name and group size of every format in use, in order of first use."""
         return tuple(dict.fromkeys((layer.format, layer.group_size) for layer in self.layers if layer.format))
 

@@ -10,20 +10,23 @@ import fnmatch
 import math
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from compressor.checkpoint.blocks import BlockSequence, Trace
+from compressor.checkpoint.folds import Found, find_folds
 from compressor.checkpoint.skeleton import Skeleton, Target
 from compressor.checkpoint.source import DTYPES, Source, TensorInfo
 from compressor.errors import RecipeError, UnsupportedError
-from compressor.formats import FIXED_GROUP, get_format, parse_group_size
-from compressor.formats.base import QuantFormat
+from compressor.formats import ASYMMETRIC, FIXED_GROUP, get_format, parse_group_size
+from compressor.formats.base import QuantFormat, group_setting
 from compressor.methods import get_method
 from compressor.methods.base import Method
-from compressor.plan import OUTSIDE, ActivationSite, Kind, LayerPlan, Operand, Plan, WeightRef
+from compressor.methods.scaling import FoldingMethod
+from compressor.plan import OUTSIDE, ActivationSite, Fold, FoldKind, Kind, LayerPlan, Operand, Plan, WeightRef
 from compressor.recipe import Override, Recipe
 
 FUSED_SETS = (
@@ -67,6 +70,8 @@ def make_plan(recipe: Recipe, source: Source, skeleton: Skeleton, blocks: BlockS
     check_experts(layers)
     if not any(layer.format for layer in layers):
         raise nothing_to_compress(layers)
+    found = plan_folds(method, layers, blocks, has_kv_cache=recipe.kv_cache is not None)
+    layers = mark_rewritten(layers, found.folds)
     if recipe.kv_cache:
         check_kv_cache(skeleton.model, layers, recipe.kv_cache, DTYPES[source.dtype])
     return Plan(
@@ -78,7 +83,9 @@ def make_plan(recipe: Recipe, source: Source, skeleton: Skeleton, blocks: BlockS
         format=format_name,
         default_dtype=source.dtype,
         peak_bytes=estimate_peak(layers, method, fmt, len(blocks.names)),
-        notes=reader_notes(layers),
+        notes=(*reader_notes(layers), *unfolded_notes(method, found)),
+        folds=found.folds,
+        unfolded=found.unfolded,
     )
 
 
@@ -163,7 +170,7 @@ def plan_layer(
         fmt = get_format(override.format, parse_group_size(override.format, override.group_size), DTYPES[source.dtype])
     check_possible(ref, method, fmt, by_flag)
     after = sum(slot.nbytes for slot in fmt.layout(ref.matrix).values())
-    return LayerPlan(ref, fmt.name, fmt.group_size, before, after, None)
+    return LayerPlan(ref, fmt.name, group_setting(fmt), before, after, None)
 
 
 def reason_to_keep(ref: WeightRef) -> str | None:
@@ -275,9 +282,47 @@ def scheme_of(layer: LayerPlan) -> str:
         return "dense"
     if layer.format in FIXED_GROUP:
         return layer.format
-    return (
-        f"{layer.format} per channel" if layer.group_size is None else f"{layer.format} in groups of {layer.group_size}"
+    if isinstance(layer.group_size, int):
+        return f"{layer.format} in groups of {layer.group_size}"
+    return f"{layer.format} per {layer.group_size or 'channel'}"
+
+
+def plan_folds(method: Method, layers: list[LayerPlan], blocks: BlockSequence, has_kv_cache: bool) -> Found:
+    """Find where a method may move factors per channel between operations; nowhere for methods that do not.
+
+    Values that are cached in few bits keep their scale: it is measured before factors are chosen.
+    """
+    if not isinstance(method, FoldingMethod):
+        return Found((), {})
+    return find_folds(blocks, layers, [kind for kind in method.folds if not (has_kv_cache and kind is FoldKind.VALUE)])
+
+
+def mark_rewritten(layers: list[LayerPlan], folds: tuple[Fold, ...]) -> list[LayerPlan]:
+    """Return the layers with the dense tensors that folds divide marked as such."""
+    reasons = {
+        name: f"divided per channel by factors that move into {', '.join(reader_names(fold))}"
+        for fold in folds
+        for name in (fold.scaled, fold.bias)
+    }
+    return [
+        replace(layer, rewritten_because=reasons[layer.ref.name])
+        if layer.ref.name in reasons and not layer.format
+        else layer
+        for layer in layers
+    ]
+
+
+def reader_names(fold: Fold) -> list[str]:
+    """Return the last names of a fold's readers."""
+    return [reader.removesuffix(".weight").rpartition(".")[2] for reader in fold.readers]
+
+
+def unfolded_notes(method: Method, found: Found) -> tuple[str, ...]:
+    """Say for which layers a method finds no place for its factors; equal reasons make one sentence."""
+    groups: dict[tuple[str, str], int] = Counter(
+        (name.removesuffix(".weight").rpartition(".")[2], reason) for name, reason in found.unfolded.items()
     )
+    return tuple(f"{method.name} does not scale {count} {name}: {reason}" for (name, reason), count in groups.items())
 
 
 def nothing_to_compress(layers: list[LayerPlan]) -> UnsupportedError:
@@ -301,11 +346,36 @@ def reader_notes(layers: list[LayerPlan]) -> tuple[str, ...]:
         return (
             f"stock transformers drops the global scale of NVFP4 experts without a word and computes wrong: {ours}",
         )
+    if note := zero_point_note(layers):
+        return (note,)
     if experts & {"fp8-block", "mxfp8"}:
         return (f"stock transformers raises on {' and '.join(sorted(map(str, experts)))} experts: {ours}",)
     if None in experts and any(layer.format for layer in layers):
         return ("stock transformers raises on dense experts beside packed layers: load it with compressor.load",)
     return ()
+
+
+def zero_point_note(layers: list[LayerPlan]) -> str | None:
+    """Return what stock transformers makes of asymmetric integers, or None if it reads all there are.
+
+    Its model has room for unpacked zero points alone; only those that belong to a whole matrix are stored unpacked.
+    """
+    remedy = "load this checkpoint with compressor.load, or use symmetric integers"
+    asymmetric = [layer for layer in layers if layer.format in ASYMMETRIC]
+    experts = [layer for layer in asymmetric if layer.ref.kind is Kind.EXPERT]
+    if any(layer.group_size == "tensor" for layer in experts):
+        return f"stock transformers drops the zero points of experts without a word and computes wrong: {remedy}"
+    if experts:
+        return f"stock transformers raises on experts with zero points: {remedy}"
+    if all(layer.group_size == "tensor" for layer in asymmetric):
+        return None
+    schemes = {scheme_of(layer) for layer in layers if layer.format}
+    if len(schemes) > 1 or any(layer.ref.kind is Kind.EXPERT for layer in layers):
+        return f"stock transformers raises on zero points: {remedy}"
+    return (
+        "stock transformers raises on zero points unless it decompresses while it loads: from_pretrained(..., "
+        f"quantization_config=CompressedTensorsConfig(dequantize=True)); else {remedy}"
+    )
 
 
 def check_kv_cache(model: PreTrainedModel, layers: list[LayerPlan], name: str, dtype: torch.dtype) -> None:
@@ -348,9 +418,7 @@ def estimate_peak(layers: list[LayerPlan], method: Method, fmt: QuantFormat, n_b
         block = [layer for layer in layers if layer.ref.block == index]
         weights = sum(4 * layer.ref.numel + layer.bytes_before for layer in block)
         widths = {layer.ref.fed_by: layer.ref.matrix[1] for layer in block if layer.format and layer.ref.matrix}
-        statistics = sum(
-            2 * 4 * width * (spec.block or width) for width in widths.values() for spec in method.stats(fmt)
-        )
+        statistics = sum(2 * 4 * spec.size(width) for width in widths.values() for spec in method.stats(fmt))
         # A solver holds the weight, a candidate, two errors and a product of the layer it works on.
         solver = 5 * 4 * max((layer.ref.numel for layer in block if layer.format), default=0)
         largest = max(largest, weights + statistics + solver)

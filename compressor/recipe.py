@@ -30,7 +30,7 @@ class Override(BaseModel):
 
     match: str = Field(min_length=1, description="glob over tensor or module names")
     format: str | None = Field(default=None, description="format of these tensors")
-    group_size: str | None = Field(default=None, description="inputs per scale, or 'channel'")
+    group_size: str | None = Field(default=None, description="inputs per scale, 'channel' or 'tensor'")
     keep: str | None = Field(default=None, description="why these tensors stay dense")
 
     @model_validator(mode="after")
@@ -54,7 +54,9 @@ class Recipe(BaseModel):
     method: str = Field(description="see: compress list methods")
     options: dict[str, Any] = Field(default_factory=dict, description="options of the method")
     format: str | None = Field(None, description="see: compress list formats; None picks the method's default")
-    group_size: str | None = Field(None, description="inputs per scale, or 'channel'; None picks the format's default")
+    group_size: str | None = Field(
+        None, description="inputs per scale, 'channel' or 'tensor'; None picks the format's default"
+    )
     overrides: tuple[Override, ...] = Field(default=(), description="exceptions by name; the last match wins")
     kv_cache: Literal["fp8"] | None = Field(default=None, description="format of the key/value cache at run time")
     calibration: CalibrationSpec = Field(default_factory=CalibrationSpec)

@@ -12,8 +12,8 @@ class Row:
 
     Attributes:
         name: Name on disk in the source.
-        action: Format name, or `kept`.
-        reason: Why it was kept; None if it was compressed.
+        action: Format name, `kept`, or `rewritten`: dense, but with other values.
+        reason: Why it was kept or rewritten. Of compressed tensors, why the method treated it plainly, or None.
         bytes_before: Bytes in the source.
         bytes_after: Bytes in the result.
         weight_error: `||W - W'|| / ||W||`, or None.
@@ -47,6 +47,7 @@ class RunReport:
         versions: Package versions.
         rows: One per tensor of the source.
         events: Fall-backs and surprises, in order.
+        units: Every block and what lies outside: `name`, `seconds`, and what the method measured.
         bytes_before: Weight bytes in the source.
         bytes_after: Weight bytes in the result.
         bits_per_weight: Of the compressed weights, scales included.
@@ -55,6 +56,7 @@ class RunReport:
         peak_rss: Peak resident memory of this process, bytes.
         resumed_at: Units a previous run had finished.
         verification: What the fresh process found, or why it did not run.
+        files: Name -> SHA-256 of every other file of the result.
     """
 
     output: str
@@ -63,6 +65,7 @@ class RunReport:
     versions: dict[str, str]
     rows: list[Row] = field(default_factory=list)
     events: list[str] = field(default_factory=list)
+    units: list[dict[str, Any]] = field(default_factory=list)
     bytes_before: int = 0
     bytes_after: int = 0
     bits_per_weight: float = 0.0
@@ -71,6 +74,7 @@ class RunReport:
     peak_rss: int = 0
     resumed_at: int = 0
     verification: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data."""

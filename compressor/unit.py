@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from compressor.calibration.store import Boundary
@@ -20,6 +20,7 @@ class Unit:
         events: Fall-backs and surprises.
         probe: Where the probe's hidden states behind it are; None before the first block.
         streams: Stream name -> hidden states behind it.
+        metrics: What the method measured, and `seconds`.
     """
 
     name: str
@@ -28,13 +29,15 @@ class Unit:
     events: list[str]
     probe: Boundary | None
     streams: dict[str, Boundary]
+    metrics: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> Unit:
         """Rebuild a unit from its journal line (`dataclasses.asdict` of it)."""
         streams = {name: saved for name, data in entry["streams"].items() if (saved := _boundary(data)) is not None}
         rows = [Row(**row) for row in entry["rows"]]
-        return cls(entry["name"], entry["sha256"], rows, entry["events"], _boundary(entry["probe"]), streams)
+        probe, events, metrics = _boundary(entry["probe"]), entry["events"], entry["metrics"]
+        return cls(entry["name"], entry["sha256"], rows, events, probe, streams, metrics)
 
 
 def _boundary(data: dict[str, Any] | None) -> Boundary | None:

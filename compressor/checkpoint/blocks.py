@@ -220,13 +220,29 @@ class BlockSequence:
             raise UnsupportedError(f"{type(self.model).__name__}: its blocks did not run in order")
         return entering[0], Recording(arguments)
 
-    def run(self, index: int, hidden: Tensor, recording: Recording) -> Tensor:
-        """Run one block, whose weights must be loaded, with the arguments recorded for inputs of this shape."""
-        name = self.names[index]
+    def run(
+        self, index: int, hidden: Tensor, recording: Recording, weights: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """Run one block, whose weights must be loaded, with the arguments recorded for inputs of this shape.
+
+        Args:
+            index: Which block.
+            hidden: States that enter it.
+            recording: Its other arguments.
+            weights: Parameter name in the model -> tensor that takes its place in this call alone; gradients flow
+                into it.
+        """
+        name, block = self.names[index], self.block(index)
         args, kwargs = recording.arguments[name]
         if name == WHOLE:
-            return first_tensor(self.model(**{self.model.main_input_name: hidden}, **kwargs))
-        return first_tensor(self.block(index)(hidden, *args, **kwargs))
+            args, kwargs = (), {self.model.main_input_name: hidden, **kwargs}
+        else:
+            args = (hidden, *args)
+        if not weights:
+            return first_tensor(block(*args, **kwargs))
+        prefix = f"{name}." if name else ""
+        inside = {param.removeprefix(prefix): weight for param, weight in weights.items()}
+        return first_tensor(torch.func.functional_call(block, inside, args, kwargs))
 
     def tail(self, hidden: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
         """Run everything after the last block on `hidden` and return the model's main output (logits or states)."""

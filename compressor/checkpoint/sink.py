@@ -21,6 +21,7 @@ from torch import Tensor
 
 from compressor.checkpoint.source import DTYPE_NAMES, INDEX, SINGLE
 from compressor.errors import disk_error
+from compressor.files import replace_text
 from compressor.formats.base import Slot
 
 WORK = ".compress-work"
@@ -196,13 +197,8 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         ResourceError: The disk is full or the folder not writable.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        replace_text(path, text)
     except OSError as error:
         raise disk_error(error, path) from error
 

@@ -16,13 +16,23 @@ if TYPE_CHECKING:
     from compressor.methods.base import Method
 
 METHODS: dict[str, str] = {
+    "adaround": "compressor.methods.adaround:AdaRound",
+    "awq": "compressor.methods.awq:AWQ",
+    "flexround": "compressor.methods.flexround:FlexRound",
     "fp4": "compressor.methods.fp4:FP4",
+    "gptq": "compressor.methods.gptq:GPTQ",
     "rtn": "compressor.methods.rtn:RTN",
+    "smoothquant": "compressor.methods.smoothquant:SmoothQuant",
 }
 
 SUMMARIES: dict[str, str] = {
+    "adaround": "AdaRound: learn for each weight whether it rounds up or down, block by block; integers",
+    "awq": "AWQ: scale loud input channels up before rounding, inverse folded into the operation before",
+    "flexround": "FlexRound: learn each weight's rounding and the grid, block by block",
     "fp4": "LLM-FP4: search the scales that minimise each layer's output error; 4-bit floats",
-    "rtn": "round to nearest on a min-max grid; no data, seconds, the baseline",
+    "gptq": "GPTQ: round input by input, moving each error onto the weights still to come",
+    "rtn": "round to nearest on a min-max or clipped grid; no data, seconds, the baseline",
+    "smoothquant": "SmoothQuant: move outliers of inputs into the weights, then round to nearest",
 }
 
 

@@ -16,11 +16,13 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from compressor.calibration.stats import SecondMoment, SecondMomentSum
+from compressor.calibration.stats import Accumulator, MaxAbs, MeanAbs, SecondMoment, Statistic
 from compressor.decision import Outcome
 from compressor.errors import NumericalError
 from compressor.formats.base import QParams, QuantFormat
 from compressor.plan import WeightRef
+
+_LARGEST_SQUARED = torch.finfo(torch.float32).max ** 0.5
 
 
 class Scope(StrEnum):
@@ -43,6 +45,7 @@ class Stream(StrEnum):
     COMPRESSED = "compressed"
     """Inputs produced by the already compressed prefix."""
     BOTH = "both"
+    """Both are carried through the model; statistics come from the compressed prefix."""
 
 
 class MethodOptions(BaseModel):
@@ -65,7 +68,7 @@ class Layer:
     ref: WeightRef
     weight: Tensor
     global_scale: Tensor | None = None
-    stats: Mapping[SecondMoment, SecondMomentSum] = field(default_factory=dict)
+    stats: Mapping[Statistic, Accumulator] = field(default_factory=dict)
 
     @property
     def n_tokens(self) -> int:
@@ -85,30 +88,54 @@ class Layer:
         total = self.stats[spec]
         value = total.value() / max(total.n_tokens, 1)
         if not torch.isfinite(value).all():
-            raise NumericalError(
-                f"{self.ref.name}: its calibration inputs are not finite (largest magnitude {total.max_abs:.3g})",
-                "use other calibration data, or leave the layer out with --skip",
-            )
+            raise self._not_finite(total)
         return value
+
+    def magnitude(self, spec: MeanAbs | MaxAbs) -> Tensor:
+        """Return the mean or the largest `|x|` of every input channel, float32 `[in]`.
+
+        Raises:
+            NumericalError: It holds NaN or Inf, or squares of inputs overflow float32.
+        """
+        total = self.stats[spec]
+        value = total.value()
+        if not torch.isfinite(value).all() or total.max_abs > _LARGEST_SQUARED:
+            raise self._not_finite(total)
+        return value
+
+    def _not_finite(self, total: Accumulator) -> NumericalError:
+        return NumericalError(
+            f"{self.ref.name}: its calibration inputs are not finite (largest magnitude {total.max_abs:.3g})",
+            "use other calibration data, or leave the layer out with --skip",
+        )
 
 
 @dataclass(frozen=True)
 class Block:
-    """One block for BLOCK-scope methods.
+    """One block for BLOCK-scope methods. Weights are addressed by tensor name, as in `layers`.
 
     Attributes:
-        layers: The layers to decide, statistics included.
+        name: Its module name.
+        layers: The layers to decide, statistics included, with the format of each.
         n_samples: Calibration samples.
-        inputs: Sample -> hidden states that enter the block on the stream the method asked for.
-        targets: Sample -> full-precision output of the block on full-precision input.
-        forward: Runs the block with gradients enabled for its parameters.
+        inputs: Sample -> hidden states `[1, tokens, hidden]` that enter the block behind the compressed prefix.
+        fp_inputs: Sample -> the same behind the original prefix.
+        targets: Sample -> what leaves the original block on `fp_inputs`, float32.
+        forward: Hidden states and weights `[out, in]` that take the place of the block's own -> what leaves it.
+            Gradients flow into the weights.
+        device: Where all of this lives.
+        progress: Told, in words, how far the method is.
     """
 
-    layers: tuple[Layer, ...]
+    name: str
+    layers: tuple[tuple[Layer, QuantFormat], ...]
     n_samples: int
     inputs: Callable[[int], Tensor]
+    fp_inputs: Callable[[int], Tensor]
     targets: Callable[[int], Tensor]
-    forward: Callable[[Tensor], Tensor]
+    forward: Callable[[Tensor, Mapping[str, Tensor]], Tensor]
+    device: torch.device
+    progress: Callable[[str], None]
 
 
 @runtime_checkable
@@ -121,7 +148,7 @@ class Method(Protocol):
     stream: ClassVar[Stream]
     Options: ClassVar[type[MethodOptions]]
 
-    def stats(self, fmt: QuantFormat) -> tuple[SecondMoment, ...]:
+    def stats(self, fmt: QuantFormat) -> tuple[Statistic, ...]:
         """Return the statistics to collect; empty for data-free methods."""
         ...
 
@@ -142,6 +169,14 @@ class GroupMethod(Method, Protocol):
     """Decides the layers of a fused set together."""
 
     def solve_group(self, layers: Sequence[Layer], fmt: QuantFormat, generator: torch.Generator) -> Outcome:
+        """Return a decision for every layer."""
+        ...
+
+
+class BlockMethod(Method, Protocol):
+    """Decides all layers of a block together; its stream is `BOTH`."""
+
+    def solve_block(self, block: Block, generator: torch.Generator) -> Outcome:
         """Return a decision for every layer."""
         ...
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from compressor.testing.block_methods import BlockMethodConformance
 from compressor.testing.formats import FormatConformance
 from compressor.testing.methods import MethodConformance
 
-__all__ = ["FormatConformance", "MethodConformance"]
+__all__ = ["BlockMethodConformance", "FormatConformance", "MethodConformance"]

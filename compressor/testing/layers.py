@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from compressor.calibration.stats import LANES, SecondMoment, SecondMomentSum
+from compressor.calibration.stats import LANES, Accumulator, Statistic
 from compressor.decision import Decision, Outcome, Quantized
 from compressor.formats.base import QuantFormat
 from compressor.methods.base import Layer, Method, Scope
-from compressor.plan import Kind, WeightRef, Where
+from compressor.methods.scaling import Factors, FoldingMethod, FoldSite
+from compressor.plan import Fold, FoldKind, Kind, WeightRef, Where
 from compressor.testing.formats import assert_same_params
+
+GAIN = "model.layers.0.norm.weight"
+"""Name of the norm in front of the layers `fused_layers` makes."""
 
 
 def correlated_inputs(width: int, tokens: int = 160, seed: int = 0) -> Tensor:
@@ -37,7 +43,7 @@ def heavy_tailed_weights(rows: int, width: int, seed: int = 0, spread: float = 0
     return spread * normal[..., 0] / (normal[..., 1:].square().mean(-1)).sqrt()
 
 
-def collect(specs: Sequence[SecondMoment], x: Tensor) -> dict[SecondMoment, SecondMomentSum]:
+def collect(specs: Sequence[Statistic], x: Tensor) -> dict[Statistic, Accumulator]:
     """Return the statistics of inputs `x` `[tokens, in]`, all lanes closed; no tokens leave them empty."""
     sums = {spec: spec.start(x.shape[1], x.device) for spec in specs}
     for total in sums.values():
@@ -48,7 +54,7 @@ def collect(specs: Sequence[SecondMoment], x: Tensor) -> dict[SecondMoment, Seco
 
 
 def fused_layers(
-    specs: Sequence[SecondMoment], fmt: QuantFormat, weights: Sequence[Tensor], x: Tensor, dtype: str = "F32"
+    specs: Sequence[Statistic], fmt: QuantFormat, weights: Sequence[Tensor], x: Tensor, dtype: str = "F32"
 ) -> list[Layer]:
     """Return layers that read the same input and that runtimes fuse, as the engine hands them to a method.
 
@@ -71,8 +77,37 @@ def fused_layers(
 
 
 def solve(method: Method, layers: Sequence[Layer], fmt: QuantFormat, seed: int = 0) -> Outcome:
-    """Hand layers to a method at the scope it asks for, every call with a generator of its own; outcomes are merged."""
+    """Hand layers to a method at the scope it asks for, every call with a generator of its own; outcomes are merged.
+
+    A method that moves factors gets the layers as the readers of a norm whose gain is one; the gain it leaves is the
+    outcome's rewrite of `GAIN`.
+    """
     assert method.scope in (Scope.LAYER, Scope.GROUP), f"scope {method.scope.value} cannot be tried on layers alone"
+    if isinstance(method, FoldingMethod):
+        layers, factors = fold(method, layers, fmt)
+        decided = _solve(method, layers, fmt, seed)
+        return Outcome(decided.decisions, (*factors.events, *decided.events), rewrites={GAIN: 1 / factors.c})
+    return _solve(method, layers, fmt, seed)
+
+
+def fold(method: FoldingMethod, layers: Sequence[Layer], fmt: QuantFormat) -> tuple[list[Layer], Factors]:
+    """Return the layers with the factors a method chooses for them in weights and statistics, and the factors."""
+    names = tuple(layer.ref.name for layer in layers)
+    where = Fold("model.layers.0.norm", FoldKind.NORM, 0, GAIN, None, names, layers[0].weight.shape[1])
+    chosen = method.fold(FoldSite(where, tuple(layers), (fmt,) * len(layers), storable=lambda c: c))
+    stats = copy.deepcopy(dict(layers[0].stats))
+    for total in stats.values():
+        total.divide(chosen.c)
+    weights = [layer.weight * chosen.c for layer in layers]
+    shared = fmt.fit_global(weights) if fmt.has_global_scale else None
+    folded = [
+        replace(layer, weight=weight, global_scale=shared, stats=stats)
+        for layer, weight in zip(layers, weights, strict=True)
+    ]
+    return folded, chosen
+
+
+def _solve(method: Method, layers: Sequence[Layer], fmt: QuantFormat, seed: int) -> Outcome:
     handed: Any = method
     if method.scope is Scope.GROUP:
         outcome: Outcome = handed.solve_group(layers, fmt, torch.Generator().manual_seed(seed))

@@ -12,23 +12,20 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, ClassVar
 
 import pytest
 import torch
-from pydantic import ValidationError
 from safetensors.torch import save
 from torch import Tensor
 
 from compressor.decision import Decision, Outcome
-from compressor.errors import CompressorError, NumericalError, RecipeError
-from compressor.formats import BUILDERS, get_format, parse_group_size
+from compressor.errors import CompressorError, NumericalError
+from compressor.formats import BUILDERS
 from compressor.formats.base import QuantFormat
-from compressor.methods import METHODS, SUMMARIES, get_method, method_class
-from compressor.methods.base import Layer, Method, MethodOptions, Scope, Stream
-from compressor.testing.formats import describe
+from compressor.methods.base import Layer, Method, Scope
+from compressor.methods.scaling import FoldingMethod
 from compressor.testing.layers import (
+    GAIN,
     assert_storable,
     correlated_inputs,
     fused_layers,
@@ -39,6 +36,7 @@ from compressor.testing.layers import (
     random_state,
     solve,
 )
+from compressor.testing.stated import StatedMethod, resolved
 
 _SLACK = 1 + 1e-6
 """Float32 sums may call two nearly equal errors in either order."""
@@ -52,7 +50,7 @@ def failing_checks(method: Method, *formats: str | QuantFormat) -> list[str]:
     for name in (name for name in dir(suite) if name.startswith("test_")):
         check: Callable[..., None] = getattr(suite, name)
         per_format = "fmt" in inspect.signature(check).parameters
-        for arguments in [(fmt,) for fmt in _resolved(formats)] if per_format else [()]:
+        for arguments in [(fmt,) for fmt in resolved(formats)] if per_format else [()]:
             try:
                 check(*arguments)
             except pytest.skip.Exception:
@@ -63,75 +61,16 @@ def failing_checks(method: Method, *formats: str | QuantFormat) -> list[str]:
     return failed
 
 
-class MethodConformance:
-    """Checks every method must pass; derive, set `method` and `formats`, and name the class `Test...`.
+class MethodConformance(StatedMethod):
+    """Checks every method of scope LAYER or GROUP must pass.
 
-    Attributes:
-        method: The method, with the options to test.
-        formats: Formats it claims to serve: names, or formats of your own.
-        registered: Set to False for a method that is not in `compressor.methods.METHODS`.
+    Derive, set `method` and `formats`, and name the class `Test...`.
     """
-
-    method: ClassVar[Any] = None
-    formats: ClassVar[tuple[str | QuantFormat, ...]] = ()
-    registered: ClassVar[bool] = True
-    fmt: ClassVar[Any]
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        assert cls.formats, f"{cls.__name__}.formats is empty: nothing would be tested"
-        assert cls.method is not None, f"{cls.__name__}.method is not set"
-
-        @pytest.fixture(params=_resolved(cls.formats), ids=describe)
-        def fmt(self: MethodConformance, request: pytest.FixtureRequest) -> Any:
-            return request.param
-
-        cls.fmt = fmt
-
-    def test_it_says_what_it_is(self) -> None:
-        """Name, summary, scope, stream and statistics are stated and agree with each other."""
-        assert isinstance(self.method, Method), "a member of the Method protocol is missing"
-        assert self.method.name, "the name is empty"
-        assert self.method.summary, "the summary is empty"
-        assert issubclass(self.method.Options, MethodOptions)
-        decide = {Scope.LAYER: "solve", Scope.GROUP: "solve_group"}.get(self.method.scope)
-        assert decide, f"the suite cannot test scope {self.method.scope}"
-        assert callable(getattr(self.method, decide, None)), f"{self.method.scope} needs {decide}()"
-        for fmt in _resolved(self.formats):
-            free = not self.method.stats(fmt)
-            assert free == (self.method.stream is Stream.NONE), f"{self.method.stream} does not fit its statistics"
-
-    def test_it_is_registered(self) -> None:
-        """The registry finds this class under its name and lists the summary the class states."""
-        if not self.registered:
-            pytest.skip("a method outside the registry")
-        name = self.method.name
-        assert name in METHODS
-        assert method_class(name) is type(self.method)
-        assert SUMMARIES[name] == self.method.summary
-        assert type(get_method(name, {})) is type(self.method), "it cannot be built with its defaults"
-
-    def test_its_page_names_every_option(self) -> None:
-        """Beside the module lies a page of the same name that mentions each option in backquotes."""
-        page = Path(inspect.getfile(type(self.method))).with_suffix(".md")
-        assert page.is_file(), f"{page.name} is missing"
-        text = page.read_text(encoding="utf-8")
-        for option, info in self.method.Options.model_fields.items():
-            assert info.description, f"option {option} has no description"
-            assert f"`{option}`" in text, f"{page.name} does not mention `{option}`"
-
-    def test_unknown_options_are_rejected(self) -> None:
-        """An option nobody knows is an error, not ignored."""
-        with pytest.raises(ValidationError):
-            self.method.Options(no_such_option=1)
-        if self.registered:
-            with pytest.raises(RecipeError, match="no_such_option"):
-                get_method(self.method.name, {"no_such_option": 1})
 
     def test_known_formats_are_refused_with_a_reason_or_work(self) -> None:
         """`refuse` accepts the formats it claims; any other gets a sentence, or a decision that holds."""
-        claimed = [fmt.name for fmt in _resolved(self.formats)]
-        for fmt in _resolved((*self.formats, *(name for name in BUILDERS if name not in claimed))):
+        claimed = [fmt.name for fmt in resolved(self.formats)]
+        for fmt in resolved((*self.formats, *(name for name in BUILDERS if name not in claimed))):
             layers = self._layers(fmt, rows=(3,), groups=2)
             reason = self.method.refuse(layers[0].ref, fmt)
             if reason is None:
@@ -179,7 +118,7 @@ class MethodConformance:
 
     def test_data_pays(self) -> None:
         """A method that uses data beats rounding to nearest on one of its formats at least."""
-        formats = [fmt for fmt in _resolved(self.formats) if self.method.stats(fmt)]
+        formats = [fmt for fmt in resolved(self.formats) if self.method.stats(fmt)]
         if not formats:
             pytest.skip("a data-free method")
         assert any(all(error < rounding for error, rounding in self._errors(fmt, 0)) for fmt in formats)
@@ -259,18 +198,17 @@ class MethodConformance:
         layers = self._layers(fmt, seed=seed)
         x = correlated_inputs(layers[0].weight.shape[1], seed=seed)
         calls = [layers] if self.method.scope is Scope.GROUP else [[layer] for layer in layers]
+        if isinstance(self.method, FoldingMethod):
+            calls = [layers]
         pairs = []
         for call in calls:
-            decisions = solve(self.method, call, fmt, seed).decisions
-            error = sum(output_error(_decoded(fmt, decisions[layer.ref.name]), layer, x) for layer in call)
+            outcome = solve(self.method, call, fmt, seed)
+            gain = outcome.rewrites.get(GAIN, torch.ones(()))  # what the input is multiplied by from now on
+            decoded = {name: _decoded(fmt, decision) * gain for name, decision in outcome.decisions.items()}
+            error = sum(output_error(decoded[layer.ref.name], layer, x) for layer in call)
             nearest = [(layer, layer.fit(fmt)) for layer in call]
             pairs.append((error, sum(output_error(fmt.decode(fmt.encode(a.weight, q), q), a, x) for a, q in nearest)))
         return pairs
-
-
-def _resolved(formats: Sequence[str | QuantFormat]) -> list[QuantFormat]:
-    """Build named formats with their default group size and bf16 scales."""
-    return [get_format(f, parse_group_size(f, None), torch.bfloat16) if isinstance(f, str) else f for f in formats]
 
 
 def _weights(fmt: QuantFormat, rows: Sequence[int], groups: int, seed: int) -> list[Tensor]:
@@ -284,7 +222,8 @@ def _decoded(fmt: QuantFormat, decision: Decision) -> Tensor:
 
 def _bytes(fmt: QuantFormat, outcome: Outcome) -> dict[str, bytes]:
     decisions = {name: quantized(decision) for name, decision in outcome.decisions.items()}
-    return {name: save(fmt.pack(d.codes, d.qparams).tensors) for name, d in decisions.items()}
+    packed = {name: save(fmt.pack(d.codes, d.qparams).tensors) for name, d in decisions.items()}
+    return packed | {name: save({name: value}) for name, value in outcome.rewrites.items()}
 
 
 def _refusal(method: Method, layers: Sequence[Layer], fmt: QuantFormat) -> NumericalError | None:

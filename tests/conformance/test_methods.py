@@ -10,14 +10,21 @@ import torch
 
 import compressor.methods
 from compressor.formats import BUILDERS, get_format, parse_group_size
+from compressor.formats.base import QuantFormat
 from compressor.formats.codebook import Codebook
 from compressor.formats.float4 import Float4
+from compressor.formats.ints import IntFormat
 from compressor.methods import METHODS, SUMMARIES, get_method
+from compressor.methods.adaround import AdaRound, AdaRoundOptions
+from compressor.methods.awq import AWQ, AWQOptions
 from compressor.methods.base import describe_options
+from compressor.methods.flexround import FlexRound, FlexRoundOptions
 from compressor.methods.fp4 import FP4, FP4Options
-from compressor.methods.rtn import RTN
-from compressor.testing import MethodConformance
-from compressor.testing.layers import correlated_inputs, fused_layers, heavy_tailed_weights
+from compressor.methods.gptq import GPTQ, GPTQOptions
+from compressor.methods.rtn import RTN, RTNOptions
+from compressor.methods.smoothquant import SmoothQuant
+from compressor.testing import BlockMethodConformance, MethodConformance
+from compressor.testing.layers import GAIN, correlated_inputs, fused_layers, heavy_tailed_weights, quantized, solve
 
 
 class TestRTN(MethodConformance):
@@ -28,6 +35,83 @@ class TestRTN(MethodConformance):
     )
 
 
+class TestClippedRTN(MethodConformance):
+    method = RTN(RTNOptions(clip="mse"))
+    formats = ("int2", "int4", "int3-asym", "nvfp4", "mxfp4", "fp4", Codebook(4, 32))
+
+    def test_output_error_is_at_most_that_of_rounding(self, fmt: QuantFormat) -> None:
+        """It sees no inputs, so the error it promises to lower is that of the weights."""
+        for seed in range(3):
+            w = heavy_tailed_weights(12, 4 * (fmt.group_size or 37), seed)
+            layers = fused_layers((), fmt, [w], correlated_inputs(w.shape[1]))
+            errors = []
+            for method in (self.method, RTN()):
+                decision = quantized(solve(method, layers, fmt).decisions[layers[0].ref.name])
+                errors.append(float((fmt.decode(decision.codes, decision.qparams) - w).abs().pow(2.4).sum()))
+            assert errors[0] < errors[1] or (fmt.name == "mxfp4" and errors[0] == errors[1]), (fmt.name, seed)
+
+
+class TestGPTQ(MethodConformance):
+    method = GPTQ()
+    formats = (
+        *("int2", "int3", "int4", "int8", "int2-asym", "int4-asym", "nvfp4", "mxfp4", "fp4"),
+        IntFormat(4, None, torch.float32),
+        IntFormat(4, None, torch.bfloat16, per_tensor=True),
+        Codebook(4, 32),
+    )
+
+
+class TestClassicGPTQ(MethodConformance):
+    method = GPTQ(GPTQOptions(order="static", grid="minmax"))
+    formats = ("int2", "int4", "int4-asym", "nvfp4", "mxfp4", "fp4", Codebook(3, 32))
+
+
+class TestGPTQInStoredOrder(MethodConformance):
+    method = GPTQ(GPTQOptions(order="none", grid="mse", block_size=48))
+    formats = ("int3", "int3-asym", "nvfp4")
+
+
+class TestGPTQOnWideGroups(MethodConformance):
+    """Groups wider than a block take their scales from the variance left to their inputs."""
+
+    method = GPTQ(GPTQOptions(block_size=20))
+    formats = ("int4", "int4-asym", "mxfp4")
+
+
+class TestAWQ(MethodConformance):
+    method = AWQ()
+    formats = (
+        *("int2", "int3", "int4", "int8", "int4-asym", "nvfp4", "mxfp4", "fp4"),
+        IntFormat(4, None, torch.float32),
+        IntFormat(4, None, torch.bfloat16, per_tensor=True),
+        Codebook(4, 32),
+    )
+
+
+class TestPlainAWQ(MethodConformance):
+    method = AWQ(AWQOptions(duo=False, n_grid=10, clip=False))
+    formats = ("int2", "int4", "nvfp4")
+
+
+class TestSmoothQuant(MethodConformance):
+    """It makes inputs easier to quantize at the cost of the weights, so it is not held to their error."""
+
+    method = SmoothQuant()
+    formats = ("int4", "int8", "nvfp4", "mxfp4", "fp4", "fp8", "fp8-tensor", "fp8-block", "mxfp8", Codebook(4, 32))
+
+    def test_output_error_is_at_most_that_of_rounding(self, fmt: QuantFormat) -> None:
+        """What it promises: the loudest channel of the input stands out less."""
+        for seed in range(3):
+            layers = self._layers(fmt, seed=seed)
+            x = correlated_inputs(layers[0].weight.shape[1], seed=seed)
+            gain = solve(self.method, layers, fmt).rewrites[GAIN]
+            before, after = (loud / loud.median() for loud in (x.abs().amax(0), (x * gain).abs().amax(0)))
+            assert after.max() < 0.5 * before.max()
+
+    def test_data_pays(self) -> None:
+        """Covered by the flatter inputs."""
+
+
 class TestFP4(MethodConformance):
     method = FP4()
     formats = ("nvfp4", "mxfp4", "fp4", Float4("reference"), Float4("hybrid"))
@@ -36,6 +120,29 @@ class TestFP4(MethodConformance):
 class TestFP4WithoutSweeps(MethodConformance):
     method = FP4(FP4Options(sweeps=0, globals=8))
     formats = ("nvfp4", "mxfp4")
+
+
+class TestFlexRound(BlockMethodConformance):
+    method = FlexRound(FlexRoundOptions(iters=12))
+    formats = (
+        *("int2", "int4", "int8", "int3-asym", "nvfp4", "mxfp4", "fp4"),
+        IntFormat(4, None, torch.bfloat16, per_tensor=True),
+        Codebook(4, 32),
+    )
+
+
+class TestFlexRoundMixed(BlockMethodConformance):
+    """Inputs mixed from both streams, float32 products, clipped start, one sample a step, no row divisors."""
+
+    method = FlexRound(
+        FlexRoundOptions(iters=12, input_mix=0.5, precision="fp32", start="minmax", batch=1, row_divisor=False)
+    )
+    formats = ("int4", "nvfp4")
+
+
+class TestAdaRound(BlockMethodConformance):
+    method = AdaRound(AdaRoundOptions(iters=60))
+    formats = ("int2", "int4", "int3-asym", IntFormat(4, None, torch.bfloat16, per_tensor=True))
 
 
 def test_fp4_refuses_what_is_no_4_bit_float() -> None:

@@ -98,6 +98,37 @@ def test_experts_that_stock_readers_get_wrong_are_flagged(tmp_path: Path) -> Non
     assert not plan_of(models.tiny_llama(), tmp_path / "dense", format="nvfp4").notes
 
 
+@pytest.mark.parametrize(
+    ("build", "recipe", "words"),
+    [
+        (models.tiny_llama, {}, "CompressedTensorsConfig(dequantize=True)"),
+        (models.tiny_llama, {"group_size": "channel"}, "CompressedTensorsConfig(dequantize=True)"),
+        (models.tiny_llama, {"group_size": "tensor"}, None),
+        (models.tiny_llama, {"set": {"*.down_proj": "int8"}}, "raises on zero points: load this checkpoint with"),
+        (models.tiny_llama, {"format": "int4", "set": {"*.down_proj": "int8-asym:tensor"}}, None),
+        (models.tiny_olmoe, {}, "raises on experts with zero points"),
+        (models.tiny_olmoe, {"group_size": "tensor"}, "without a word"),
+        (models.tiny_olmoe, {"set": {"*.experts.*": "int4"}}, "raises on zero points: load this checkpoint with"),
+    ],
+)
+def test_zero_points_that_stock_readers_refuse_are_flagged(
+    build: Callable[[], PreTrainedModel], recipe: dict[str, object], words: str | None, tmp_path: Path
+) -> None:
+    notes = plan_of(build(), tmp_path, **{"format": "int4-asym", **recipe}).notes
+    assert len(notes) == (words is not None)
+    assert all(str(words) in note for note in notes)
+
+
+def test_one_scale_per_matrix(tmp_path: Path) -> None:
+    formats = {"*.down_proj": "int8-asym:tensor"}
+    plan = plan_of(models.tiny_llama(), tmp_path, format="int4", group_size="tensor", set=formats)
+    assert set(plan.formats) == {("int4", "tensor"), ("int8-asym", "tensor")}
+    down = next(layer for layer in plan.layers if layer.ref.name.endswith("0.mlp.down_proj.weight"))
+    assert down.bytes_after == down.ref.numel + 4 + 16 + 1  # codes, scale in float32, shape, zero point
+    with pytest.raises(RecipeError, match=r"is int4 per channel but .* is int4 per tensor, and runtimes fuse them"):
+        plan_of(models.tiny_llama(), tmp_path, format="int4", group_size="tensor", set={"*.k_proj": "int4:channel"})
+
+
 def test_shared_expert_and_its_gate(tmp_path: Path) -> None:
     plan = plan_of(models.tiny_qwen2_moe(), tmp_path, format="int4")
     kinds = by_kind(plan)

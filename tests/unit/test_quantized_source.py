@@ -21,6 +21,7 @@ from compressor.testing.tools import save_checkpoint, write_text
 from compressor.verify import check
 
 FORMATS = ["int4", "int3-channel", "int8", "nvfp4", "mxfp4", "fp8", "fp8-tensor", "fp8-block", "mxfp8"]
+MORE_INTS = ["int4-asym", "int3-asym-channel", "int8-asym", "int8-tensor", "int6-asym-tensor"]
 
 
 @pytest.fixture(autouse=True)
@@ -37,8 +38,10 @@ def edit_config(folder: Path, **changes: Any) -> dict[str, Any]:
 
 
 def compressed(model: PreTrainedModel, folder: Path, name: str) -> list[str]:
+    if name.startswith("int") and name.endswith("-tensor"):
+        return write_compressed(model, folder, get_format(name.removesuffix("-tensor"), "tensor", model.dtype))
     kind, _, channel = name.partition("-c")
-    size = None if channel or name not in ("int4", "int8") else 32
+    size = None if channel or kind.removesuffix("-asym") not in ("int4", "int8") else 32
     return write_compressed(model, folder, get_format(kind, size, model.dtype))
 
 
@@ -83,7 +86,7 @@ def one_line(error: CompressorError) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", [*FORMATS, *MORE_INTS])
 def test_compressed_tensors_reads_as_the_dense_checkpoint(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model = models.tiny_llama(kv_heads=2).to(dtype)
     modules = compressed(model, tmp_path, name)
@@ -98,7 +101,7 @@ def test_compressed_tensors_reads_as_the_dense_checkpoint(name: str, dtype: torc
         assert (read[tensor].dtype, read[tensor].shape) == (dtype, value.shape)
         if tensor.removesuffix(".weight") in modules:
             error = (read[tensor].float() - value.float()).norm() / value.float().norm()
-            assert 0 < error < (0.35 if name == "int3-channel" else 0.15), tensor
+            assert 0 < error < (0.35 if name.endswith("-channel") else 0.15), tensor
         else:
             assert torch.equal(read[tensor], value), tensor
     assert len(source.notes) == 1
@@ -290,7 +293,7 @@ def test_damaged_block_fp8(damage: str, words: str, tmp_path: Path) -> None:
         ("no-matrix", "weight_packed: is missing"),
         ("shape", "needs F32 [128, 2]"),
         ("both", "has both weight and weight_packed"),
-        ("zero-point", "symmetric = False"),
+        ("zero-point", "weight_zero_point: is missing, int4-asym needs it"),
         ("widths", "weight_packed: is I32"),
         ("unknown", "'sparse-24' is not supported"),
     ],

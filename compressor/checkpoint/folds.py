@@ -1,0 +1,276 @@
+"""Finding the folds of a model: where a factor per channel can move from what produces it into what reads it.
+
+Nothing here knows a model class. `dataflow.py` shows which operations lie between two modules; whether a module is a
+norm, and what its gain is, is found out by running it on a few numbers.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from compressor.checkpoint.blocks import BlockSequence
+from compressor.checkpoint.dataflow import DataFlow, Route
+from compressor.plan import Fold, FoldKind, Kind, LayerPlan, Where
+
+NOTHING_IN_FRONT = "its inputs do not come channel by channel from a norm or a linear layer of its block"
+_TOLERANCE = 1e-5
+"""Relative; norms compute in float32 whatever they are given."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """The folds of a model.
+
+    Attributes:
+        folds: In the order their producers run.
+        unfolded: Compressed tensor -> why it is in no fold.
+    """
+
+    folds: tuple[Fold, ...]
+    unfolded: dict[str, str]
+
+
+def find_folds(blocks: BlockSequence, layers: Iterable[LayerPlan], kinds: Collection[FoldKind]) -> Found:
+    """Find the folds of these kinds, each compressed layer in at most one of them.
+
+    Args:
+        blocks: The model, on the meta device.
+        layers: The fate of every tensor.
+        kinds: Which folds are wanted.
+
+    Raises:
+        UnsupportedError: The model's forward cannot run on the meta device.
+    """
+    search = _Search(blocks, list(layers), kinds)
+    for name in search.flow.outputs:
+        block = blocks.index_of(name)
+        if block is not None:
+            search.try_module(name, block)
+    search.try_experts()
+    return search.result()
+
+
+def norm_offset(module: nn.Module) -> float | None:
+    """Return `o` if a module computes `(o + weight) * f(x) + bias` channel by channel, else None.
+
+    Found out by running a copy of it with weights of our own; `f` may mix channels.
+
+    Args:
+        module: Any module whose parameters are `weight` `[channels]` and perhaps `bias`; may be on meta.
+    """
+    own = dict(module.named_parameters(recurse=False))
+    if set(own) - {"bias"} != {"weight"} or any(p.ndim != 1 for p in own.values()) or list(module.children()):
+        return None
+    channels = own["weight"].shape[0]
+    probe = copy.deepcopy(module).to_empty(device="cpu").double()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, channels, dtype=torch.float64, generator=generator)
+    weight, bias = torch.randn(2, channels, dtype=torch.float64, generator=generator)
+
+    def run(gain: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+        probe.get_parameter("weight").data.copy_(gain)
+        if "bias" in own:
+            probe.get_parameter("bias").data.copy_(shift)
+        out: torch.Tensor = probe(x)
+        return out
+
+    zeros, ones = torch.zeros_like(weight), torch.ones_like(weight)
+    try:
+        with torch.no_grad():
+            nothing, unit, any_ = run(zeros, zeros), run(ones, zeros), run(weight, bias)
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
+        return None  # it wants other arguments than one tensor: whatever it is, it is no norm
+    base = unit - nothing
+    if any_.shape != x.shape or not float(base.abs().max()) > 0:
+        return None
+    offset = round(float((nothing * base).sum() / base.square().sum()), 6)
+    expected = (offset + weight) * base + (bias if "bias" in own else 0)
+    fits = torch.allclose(any_, expected, rtol=_TOLERANCE, atol=_TOLERANCE)
+    return offset if fits and torch.allclose(nothing, offset * base, rtol=_TOLERANCE, atol=_TOLERANCE) else None
+
+
+def gate_is_linear(stack: Any) -> bool:
+    """Return whether what a stack's down projection reads is proportional to what its up projection gives.
+
+    Args:
+        stack: A module of fused experts whose `_apply_gate` takes gate and up side by side.
+    """
+    gate = getattr(stack, "_apply_gate", None)
+    if gate is None:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    both = 3 * torch.randn(5, 16, dtype=torch.float64, generator=generator)
+    c = 0.5 + torch.rand(8, dtype=torch.float64, generator=generator)
+    scaled = torch.cat([both[:, :8], both[:, 8:] / c], -1)
+    try:
+        with torch.no_grad():
+            return torch.allclose(gate(both), gate(scaled) * c, rtol=_TOLERANCE, atol=_TOLERANCE)
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
+        return False
+
+
+@dataclass
+class _Search:
+    """One search; collects folds and, for layers that get none, the best reason met."""
+
+    blocks: BlockSequence
+    layers: list[LayerPlan]
+    kinds: Collection[FoldKind]
+    folds: list[Fold] = field(default_factory=list)
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        model = self.blocks.model
+        self.flow = DataFlow.of(self.blocks)
+        # A subclass may do more in its forward than multiply.
+        self.linears = {
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+        }
+        self.whole = {layer.ref.param: layer for layer in self.layers if layer.ref.where == Where()}
+        self.owners: dict[int, int] = {}
+        for _, param in model.named_parameters(remove_duplicate=False):
+            self.owners[id(param)] = self.owners.get(id(param), 0) + 1
+        self.taken: set[str] = set()
+
+    def result(self) -> Found:
+        """Return what was found."""
+        unfolded = {
+            layer.ref.name: self.reasons.get(layer.ref.name, NOTHING_IN_FRONT)
+            for layer in self.layers
+            if layer.format and layer.ref.name not in self.taken
+        }
+        return Found(tuple(self.folds), unfolded)
+
+    def try_module(self, name: str, block: int) -> None:
+        """Add the fold that starts at a module, if there is one; else remember why for the layers it feeds."""
+        module = self.blocks.model.get_submodule(name)
+        is_linear = name in self.linears
+        if not is_linear and (list(module.children()) or not isinstance(getattr(module, "weight", None), nn.Parameter)):
+            return
+        outputs = self.flow.outputs[name]
+        if not outputs or outputs[0].ndim == 0 or f"{name}.weight" not in self.whole:
+            return
+        route = self.flow.follow(outputs[0], self.linears)
+        kind = FoldKind.NORM if not is_linear else _kind(route)
+        reason = route.obstacle or self._refusal(name, module, kind, block, route)
+        if reason is None:
+            self._add(self._fold(name, module, kind, block, route))
+            return
+        for reader in route.readers:
+            entry = self.whole.get(f"{reader}.weight")
+            if entry is not None:
+                self.reasons.setdefault(entry.ref.name, self._without_prefix(f"{name}: {reason}"))
+
+    def try_experts(self) -> None:
+        """Add a fold from every expert's up projection into its down projection, where the gate lets factors pass."""
+        halves: dict[tuple[str, int | None], dict[str, LayerPlan]] = {}
+        for layer in self.layers:
+            if layer.ref.kind is Kind.EXPERT and layer.ref.where.expert is not None and layer.format:
+                stack, _, leaf = layer.ref.param.rpartition(".")
+                rows = layer.ref.where.rows
+                role = "down" if leaf == "down_proj" else "up" if rows and rows[0] > 0 else "gate"
+                halves.setdefault((stack, layer.ref.where.expert), {})[role] = layer
+                if role != "down":
+                    self.reasons[layer.ref.name] = "the router reads the same inputs and stays dense"
+        passes: dict[str, bool] = {}
+        for (stack, _), parts in halves.items():
+            if "down" not in parts:
+                continue
+            if stack not in passes:
+                passes[stack] = gate_is_linear(self.blocks.model.get_submodule(stack))
+            down = parts["down"]
+            if FoldKind.PRODUCT not in self.kinds:
+                self.reasons[down.ref.name] = f"this method does not move factors past {_WORDS[FoldKind.PRODUCT]}"
+            elif not passes[stack]:
+                self.reasons[down.ref.name] = "the experts' gate is not linear in what up_proj gives"
+            elif "up" not in parts:
+                self.reasons[down.ref.name] = "the up projection of its expert stays dense"
+            else:
+                up = parts["up"].ref
+                assert up.matrix is not None
+                readers = (down.ref.name,)
+                self._add(Fold(up.module, FoldKind.PRODUCT, up.block, up.name, None, readers, up.matrix[0]))
+
+    def _refusal(self, name: str, module: nn.Module, kind: FoldKind, block: int, route: Route) -> str | None:
+        """Return why the channels of a module may not be divided although their way is free, or None."""
+        if not route.readers:
+            return "no compressed layer reads it"
+        if kind not in self.kinds:
+            return f"this method does not move factors past {_WORDS[kind]}"
+        if self.flow.calls[name] != 1:
+            return f"runs {self.flow.calls[name]} times in one pass"
+        if any(self.owners[id(param)] > 1 for param in module.parameters(recurse=False)):
+            return "its parameters are shared with another module"
+        entries = [self.whole.get(f"{reader}.weight") for reader in route.readers]
+        for reader, entry in zip(route.readers, entries, strict=True):
+            if entry is None or not entry.format:
+                return f"{reader} reads it too and stays dense"
+            if entry.ref.block != block:
+                return f"{reader} reads it in another block"
+            if entry.ref.name in self.taken:
+                return f"{reader} is scaled by something else already"
+        if len({entry.ref.fed_by for entry in entries if entry}) != 1:
+            return "its readers read copies of it, whose statistics are apart"
+        if kind is FoldKind.NORM:
+            offset = norm_offset(module)
+            if offset is None:
+                return f"{type(module).__name__} does not multiply each channel by a weight of its own"
+            if offset and f"{name}.bias" in self.whole and self._is_short(f"{name}.bias"):
+                return f"a gain of {offset:g} + weight and a bias cannot both be divided exactly in few bits"
+        return None
+
+    def _fold(self, name: str, module: nn.Module, kind: FoldKind, block: int, route: Route) -> Fold:
+        scaled, bias = self.whole[f"{name}.weight"], self.whole.get(f"{name}.bias")
+        readers = tuple(self.whole[f"{reader}.weight"].ref.name for reader in route.readers)
+        # One tensor in few bits can be divided by factors computed from its rounded values; two, or a matrix, cannot.
+        short_matrix = kind is not FoldKind.NORM and not scaled.format and self._is_short(scaled.ref.param)
+        short_bias = bias is not None and self._is_short(bias.ref.param)
+        offset = norm_offset(module) if kind is FoldKind.NORM else 0.0
+        assert offset is not None
+        return Fold(
+            name=name,
+            kind=kind,
+            block=block,
+            scaled=scaled.ref.name,
+            bias=None if bias is None else bias.ref.name,
+            readers=readers,
+            channels=scaled.ref.shape[0],
+            offset=offset,
+            powers_of_two=short_matrix or short_bias,
+        )
+
+    def _add(self, fold: Fold) -> None:
+        self.folds.append(fold)
+        self.taken.update(fold.readers)
+
+    def _is_short(self, param: str) -> bool:
+        """Return whether a tensor is stored in fewer than 32 bits."""
+        return self.whole[param].ref.dtype not in ("F32", "F64")
+
+    def _without_prefix(self, text: str) -> str:
+        """Return a text with names as they are inside a block, so that equal blocks give equal texts."""
+        for name in self.blocks.names:
+            if name:
+                text = text.replace(f"{name}.", "")
+        return text
+
+
+_WORDS = {
+    FoldKind.NORM: "norms",
+    FoldKind.PRODUCT: "products and activations",
+    FoldKind.VALUE: "attention",
+}
+
+
+def _kind(route: Route) -> FoldKind:
+    """Return what lies between two linear layers."""
+    attention = any(op in ("bmm", "matmul") or op.startswith("_scaled_dot_product") for op in route.passed)
+    return FoldKind.VALUE if attention else FoldKind.PRODUCT

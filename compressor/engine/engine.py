@@ -1,0 +1,333 @@
+"""Runs a sealed plan unit by unit; see the package."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from compressor.calibration import kv_cache
+from compressor.calibration.capture import Capture
+from compressor.calibration.store import Boundary, HiddenStore
+from compressor.checkpoint.blocks import BlockSequence, Recording, example_inputs
+from compressor.checkpoint.sink import WORK, Journal, Sink
+from compressor.checkpoint.skeleton import Skeleton
+from compressor.checkpoint.source import DTYPES, Source
+from compressor.decision import Outcome
+from compressor.engine.solver import BlockOf, Solver
+from compressor.engine.streams import CARRIED, COMPRESSED, FP, Streams
+from compressor.errors import NumericalError
+from compressor.folding import Folding, folded_rows
+from compressor.formats import get_format
+from compressor.formats.base import QuantFormat, Slot
+from compressor.methods.base import Block, Layer, Method
+from compressor.methods.scaling import FoldingMethod
+from compressor.plan import OUTSIDE, LayerPlan, Plan
+from compressor.report import Progress, Row
+from compressor.unit import Unit
+
+PROBE_TOKENS = 32
+
+
+class Engine:
+    """Runs one plan.
+
+    Args:
+        plan: A sealed plan.
+        source: The checkpoint to read.
+        skeleton: Its model without weights; filled and emptied here.
+        blocks: Its block sequence, traced.
+        method: The method.
+        tokens: Calibration tokens `[n_samples, seq_len]`, or None for data-free methods.
+        out: The folder to write; `out/.compress-work` must exist and be ours.
+        seed: Seed of the method's generators.
+        progress: Who is told.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        source: Source,
+        skeleton: Skeleton,
+        blocks: BlockSequence,
+        method: Method,
+        tokens: Tensor | None,
+        out: Path,
+        seed: int,
+        progress: Progress,
+    ) -> None:
+        self.plan, self.source, self.skeleton, self.blocks = plan, source, skeleton, blocks
+        self.method, self.progress = method, progress
+        dtype = DTYPES[plan.default_dtype]
+        self._formats = {key: get_format(key[0], key[1], dtype) for key in plan.formats}
+        self._refs = {layer.ref.name: layer.ref for layer in plan.layers}
+        self.specs = tuple(dict.fromkeys(spec for fmt in self._formats.values() for spec in method.stats(fmt)))
+        self.device = skeleton.device
+        self.work = out / WORK
+        self.sink = Sink(out, self._slots())
+        self.journal = Journal(self.work / "journal.jsonl")
+        # A quantized cache is calibrated on real keys and values even if the method needs no data.
+        carried = CARRIED[method.stream] or ((FP,) if any(site.format for site in plan.sites) else ())
+        hidden = self.work / "hidden"
+        self.streams = Streams(hidden, carried, blocks, tokens if carried else None, self.device)
+        self.probe_store = HiddenStore(hidden, "probe", self.device)
+        self.solver = Solver(method, skeleton, self.format_of, seed)
+
+    def run(self) -> list[Unit]:
+        """Run every unit that is not finished yet and return all of them; shards stay in the work folder."""
+        done = self._finished()
+        self.sink.allocate()
+        names = [*self.plan.blocks, "outside the blocks"]
+        self.progress.units(len(names), len(done))
+        if len(done) == len(names):
+            return done
+        with self._outside_resident():
+            hidden, recording = self.blocks.prologue(self.probe_inputs())
+            if self.streams.stores:
+                self.progress.stage("embedding calibration samples")
+            entering = self.streams.enter(first=not done)
+        current = done[-1] if done else Unit("start", "", [], [], self._save_probe(0, hidden), entering)
+        for index in range(len(done), len(self.plan.blocks)):
+            started = time.monotonic()
+            current = self._block(index, current, recording)
+            self._commit(current, done, started)
+        started = time.monotonic()
+        current = self._outside(current)
+        self._commit(current, done, started)
+        return done
+
+    def probe_inputs(self) -> dict[str, Tensor]:
+        """Return the fixed inputs whose output is compared after reloading."""
+        return example_inputs(self.skeleton.model, self.device, length=PROBE_TOKENS)
+
+    def probe_output(self, unit: Unit) -> Tensor:
+        """Return the compressed model's output on the probe, float32, from the states after the last block."""
+        assert unit.probe is not None
+        hidden = self.probe_store.read(unit.probe, 0)
+        with self._outside_resident(), torch.no_grad():
+            return self.blocks.tail(hidden, self.probe_inputs()).float()
+
+    def format_of(self, layer: LayerPlan) -> QuantFormat:
+        """Return the format of a compressed layer."""
+        assert layer.format is not None, layer.ref.name
+        return self._formats[layer.format, layer.group_size]
+
+    def _slots(self) -> dict[str, Slot]:
+        """Name, dtype and shape of every tensor of the result, in plan order."""
+        slots: dict[str, Slot] = {}
+        for layer in self.plan.layers:
+            if layer.format:
+                assert layer.ref.matrix is not None
+                for suffix, slot in self.format_of(layer).layout(layer.ref.matrix).items():
+                    slots[f"{layer.ref.module}.{suffix}"] = slot
+            else:
+                slots[layer.ref.name] = Slot(DTYPES[layer.ref.dtype], layer.ref.shape)
+        for block in range(len(self.plan.blocks)):
+            for name in self._cache_scales(block):
+                slots[name] = Slot(DTYPES[self.plan.default_dtype], (1,))
+        return slots
+
+    def _cache_scales(self, block: int) -> list[str]:
+        """Return the names of the key/value cache scales of a block."""
+        return [f"{module}.{suffix}" for module in self.plan.cached(block) for suffix in kv_cache.SCALES]
+
+    def _finished(self) -> list[Unit]:
+        """Read the journal and check that what it says is still true; otherwise start again, and say so."""
+        units = [Unit.from_json(entry) for entry in self.journal.read()]
+        names = [*self.plan.blocks, "outside the blocks"]
+        for index, unit in enumerate(units):
+            block = index if index < len(self.plan.blocks) else OUTSIDE
+            if unit.name != names[index] or self.sink.unit_hash(self._unit_tensors(block)) != unit.sha256:
+                return self._restart(f"{unit.name}: what is on disk is not what was written")
+        if units and len(units) < len(names):
+            probe = units[-1].probe
+            if probe is None or not self.probe_store.intact(probe) or not self.streams.intact(units[-1].streams):
+                return self._restart("saved hidden states are damaged")
+        return units
+
+    def _restart(self, why: str) -> list[Unit]:
+        self.progress.event(f"{why}: starting from the first block")
+        self.journal.path.unlink()
+        return []
+
+    def _unit_tensors(self, block: int) -> list[str]:
+        names = []
+        for layer in self.plan.in_block(block):
+            if layer.format and layer.ref.matrix:
+                names += [f"{layer.ref.module}.{suffix}" for suffix in self.format_of(layer).layout(layer.ref.matrix)]
+            else:
+                names.append(layer.ref.name)
+        return names + (self._cache_scales(block) if block != OUTSIDE else [])
+
+    def _commit(self, unit: Unit, done: list[Unit], started: float) -> None:
+        seconds = time.monotonic() - started
+        unit.metrics["seconds"] = round(seconds, 2)
+        self.journal.append(asdict(unit))
+        done.append(unit)
+        self.probe_store.drop_all_but(unit.probe)
+        self.streams.drop_all_but(unit.streams)
+        errors = [row.error for row in unit.rows if row.error is not None]
+        mean = sum(errors) / len(errors) if errors else None
+        for event in unit.events:
+            self.progress.event(event)
+        self.progress.unit_done(unit.name, mean, seconds)
+
+    def _outside_resident(self) -> _Outside:
+        return _Outside(self)
+
+    def _block(self, index: int, before: Unit, recording: Recording) -> Unit:
+        """Compress one block and write it; `recording` holds its arguments for the probe."""
+        layers = self.plan.in_block(index)
+        tensors = self.source.read(layer.ref.name for layer in layers)
+        self.skeleton.load(tensors)
+        streams: dict[str, Boundary] = {}
+        capture = self._capture(layers)
+        ranges = {name: kv_cache.KVRange(self.skeleton.model.get_submodule(name)) for name in self.plan.cached(index)}
+        both = COMPRESSED in self.streams.stores
+        if FP in self.streams.stores:
+            streams[FP] = self.streams.advance(index, FP, before.streams, None if both else capture)
+        if both and capture:
+            self.streams.observe(index, before.streams, capture)
+        # Fixed here: whatever runs through the block from now on is no calibration data.
+        scales = {name: seen.scales(name, DTYPES[self.plan.default_dtype]) for name, seen in ranges.items()}
+        folded = self._fold(index, before, recording, capture, tensors)
+        block_of = self._block_of(index, before.streams, streams)
+        solved = self.solver.solve(layers, capture, {**tensors, **folded.rewrites}, block_of)
+        for name in scales:
+            solved.packed.update(self._quantize_cache(name, scales[name]))
+        if both:
+            streams[COMPRESSED] = self.streams.advance(index, COMPRESSED, before.streams, None)
+        probe = self._probe(index, before, recording)
+        unit_hash = self.sink.write(solved.packed)
+        self.skeleton.free({layer.ref.param for layer in layers})
+        rows = folded_rows(solved.rows, layers, self.plan, folded.rewrites)
+        events = [*folded.events, *solved.events]
+        saved = self._save_probe(index + 1, probe)
+        del tensors, solved.packed, capture
+        gc.collect()
+        return Unit(self.plan.blocks[index], unit_hash, rows, events, saved, streams, solved.metrics)
+
+    def _probe(self, index: int, before: Unit, recording: Recording) -> Tensor:
+        """Run the probe through the compressed block.
+
+        Raises:
+            NumericalError: What leaves it is not finite.
+        """
+        assert before.probe is not None
+        with torch.no_grad():
+            probe = self.blocks.run(index, self.probe_store.read(before.probe, 0), recording)
+        if not torch.isfinite(probe).all():
+            raise NumericalError(
+                f"{self.plan.blocks[index]}: its compressed output is not finite", "try another format"
+            )
+        return probe
+
+    def _fold(
+        self, index: int, before: Unit, recording: Recording, capture: Capture | None, tensors: Mapping[str, Tensor]
+    ) -> Outcome:
+        """Let the method move factors between the operations of a block, if it does such a thing."""
+        folds = tuple(fold for fold in self.plan.folds if fold.block == index)
+        if not folds:
+            return Outcome({})
+        assert before.probe is not None
+        assert isinstance(self.method, FoldingMethod), f"the plan has folds, but {self.method.name} moves no factors"
+        layers = {layer.ref.name: layer for layer in self.plan.in_block(index)}
+        probe = self.probe_store.read(before.probe, 0)
+        folding = Folding(self.method, self.skeleton, layers, self.format_of, capture, tensors)
+        with torch.no_grad():
+            return folding.carry_out(
+                folds, lambda: self.blocks.run(index, probe, recording), probe, self.plan.blocks[index]
+            )
+
+    def _quantize_cache(self, name: str, scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Let an attention module compute with a quantized cache from now on."""
+        module = self.skeleton.model.get_submodule(name)
+        for suffix, scale in scales.items():
+            module.register_buffer(suffix, scale, persistent=False)
+        kv_cache.simulate(module)
+        return {f"{name}.{suffix}": scale.cpu() for suffix, scale in scales.items()}
+
+    def _save_probe(self, boundary: int, hidden: Tensor) -> Boundary:
+        with self.probe_store.writer(boundary) as writer:
+            writer.append(hidden)
+            return writer.close()
+
+    def _capture(self, layers: tuple[LayerPlan, ...]) -> Capture | None:
+        """Prepare accumulators, one per tensor that compressed layers read."""
+        if not self.specs:
+            return None
+        widths, modules = {}, {}
+        for layer in layers:
+            if layer.format and layer.ref.matrix:
+                widths[layer.ref.fed_by] = layer.ref.matrix[1]
+                modules[layer.ref.fed_by] = self.skeleton.model.get_submodule(layer.ref.param.rpartition(".")[0])
+                if "#" in layer.ref.fed_by:
+                    modules[layer.ref.fed_by] = self.skeleton.model.get_submodule(layer.ref.fed_by.partition("#")[0])
+        return Capture(widths, modules, self.specs, self.device)
+
+    def _block_of(self, index: int, entering: Mapping[str, Boundary], leaving: Mapping[str, Boundary]) -> BlockOf:
+        """Return a function that shows a method its layers as one block, with what enters and what should leave it."""
+
+        def forward(hidden: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+            return self.streams.run(index, hidden, self._as_parameters(weights))
+
+        def build(layers: Sequence[tuple[Layer, QuantFormat]]) -> Block:
+            fp, compressed = self.streams.stores[FP], self.streams.stores[COMPRESSED]
+            return Block(
+                name=self.plan.blocks[index],
+                layers=tuple(layers),
+                n_samples=self.streams.n_samples,
+                inputs=lambda sample: compressed.read(entering[COMPRESSED], sample),
+                fp_inputs=lambda sample: fp.read(entering[FP], sample),
+                targets=lambda sample: fp.read(leaving[FP], sample),
+                forward=forward,
+                device=self.device,
+                progress=self.progress.stage,
+            )
+
+        return build
+
+    def _as_parameters(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Turn weights by tensor name into parameters by model name; experts become slices of their stack."""
+        parameters: dict[str, Tensor] = {}
+        for name, weight in weights.items():
+            ref = self._refs[name]
+            whole = self.skeleton.model.get_parameter(ref.param)
+            if whole.shape == weight.shape:
+                parameters[ref.param] = weight
+                continue
+            if ref.param not in parameters:
+                parameters[ref.param] = whole.detach().clone()
+            ref.where.of(parameters[ref.param]).copy_(weight)
+        return parameters
+
+    def _outside(self, before: Unit) -> Unit:
+        """Copy everything that lies in no block, tensor by tensor: embeddings can be large."""
+        layers = self.plan.in_block(OUTSIDE)
+        rows = [Row(m.ref.name, "kept", m.kept_because, m.bytes_before, m.bytes_after) for m in layers]
+        for layer in layers:
+            self.sink.write(self.source.read([layer.ref.name]))
+        unit_hash = self.sink.unit_hash(self._unit_tensors(OUTSIDE))
+        assert unit_hash is not None
+        return Unit("outside the blocks", unit_hash, rows, [], before.probe, before.streams)
+
+
+class _Outside:
+    """Keeps the weights outside the blocks resident inside a `with`."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        # Text passes by the towers of a multimodal model: their weights are copied, never run.
+        self.layers = [layer for layer in engine.plan.in_block(OUTSIDE) if layer.ref.part is None]
+
+    def __enter__(self) -> None:
+        self.engine.skeleton.load(self.engine.source.read(layer.ref.name for layer in self.layers))
+
+    def __exit__(self, *_: object) -> None:
+        self.engine.skeleton.free({layer.ref.param for layer in self.layers})
+        gc.collect()

@@ -1,0 +1,112 @@
+"""The calibration samples on their way through the blocks: hidden states on disk, one file per stream and boundary."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from compressor.calibration.capture import Capture
+from compressor.calibration.stats import lane_of
+from compressor.calibration.store import Boundary, HiddenStore
+from compressor.checkpoint.blocks import BlockSequence, Recording
+from compressor.methods.base import Stream
+
+FP, COMPRESSED = Stream.FP.value, Stream.COMPRESSED.value
+
+CARRIED = {
+    Stream.NONE: (),
+    Stream.FP: (FP,),
+    Stream.COMPRESSED: (COMPRESSED,),
+    Stream.BOTH: (FP, COMPRESSED),
+}
+"""Streams that are carried through the model for a method."""
+
+
+class Streams:
+    """Carries samples from block to block.
+
+    Args:
+        folder: Where hidden states live.
+        names: The streams to carry: `fp`, `compressed`, both or none.
+        blocks: The block sequence; the weights of the block that runs must be loaded.
+        tokens: Calibration tokens `[n_samples, seq_len]`; None if no stream is carried.
+        device: Where samples are run.
+    """
+
+    def __init__(
+        self, folder: Path, names: tuple[str, ...], blocks: BlockSequence, tokens: Tensor | None, device: torch.device
+    ) -> None:
+        assert tokens is not None or not names, "streams carry calibration tokens"
+        self.blocks, self.tokens, self.device = blocks, tokens, device
+        self.stores = {name: HiddenStore(folder, name, device) for name in names}
+        self.recording: Recording | None = None
+
+    @property
+    def n_samples(self) -> int:
+        """Calibration samples."""
+        return 0 if self.tokens is None else self.tokens.shape[0]
+
+    def enter(self, first: bool) -> dict[str, Boundary]:
+        """Record what blocks get beside hidden states, and if `first` write the states that enter block 0.
+
+        Raises:
+            UnsupportedError: Block arguments change from sample to sample.
+        """
+        if not self.stores:
+            return {}
+        _, self.recording = self.blocks.prologue(self._inputs(0))
+        for sample in {min(1, self.n_samples - 1), self.n_samples - 1}:
+            self.recording.check_same(self.blocks.prologue(self._inputs(sample))[1])
+        entering: dict[str, Boundary] = {}
+        for name, store in self.stores.items() if first else ():
+            with store.writer(0) as writer:
+                for sample in range(self.n_samples):
+                    writer.append(self.blocks.prologue(self._inputs(sample))[0])
+                entering[name] = writer.close()
+        return entering
+
+    def advance(self, index: int, name: str, before: Mapping[str, Boundary], capture: Capture | None) -> Boundary:
+        """Run every sample of a stream through block `index` as it now is, and write what leaves it."""
+        with self.stores[name].writer(index + 1) as writer:
+            for leaving in self._leaving(index, name, before, capture):
+                writer.append(leaving)
+            return writer.close()
+
+    def observe(self, index: int, before: Mapping[str, Boundary], capture: Capture) -> None:
+        """Collect statistics of what the original block makes of the compressed prefix."""
+        for _ in self._leaving(index, COMPRESSED, before, capture):
+            pass
+
+    def run(self, index: int, hidden: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Run block `index` on one sample; see `BlockSequence.run`."""
+        assert self.recording is not None, "enter() comes first"
+        return self.blocks.run(index, hidden, self.recording, weights)
+
+    def drop_all_but(self, keep: Mapping[str, Boundary]) -> None:
+        """Delete the files of other boundaries."""
+        for name, store in self.stores.items():
+            store.drop_all_but(keep.get(name))
+
+    def intact(self, saved: Mapping[str, Boundary]) -> bool:
+        """Return whether every carried stream's file is there and unchanged."""
+        return all(name in saved and store.intact(saved[name]) for name, store in self.stores.items())
+
+    def _inputs(self, sample: int) -> dict[str, Tensor]:
+        assert self.tokens is not None
+        return {self.blocks.model.main_input_name: self.tokens[sample : sample + 1].to(self.device)}
+
+    def _leaving(
+        self, index: int, name: str, before: Mapping[str, Boundary], capture: Capture | None
+    ) -> Iterator[Tensor]:
+        """Yield what leaves the block as it now is, sample by sample, while statistics are collected."""
+        store, boundary, count = self.stores[name], before[name], self.n_samples
+        with capture.attached() if capture else nullcontext(), torch.no_grad():
+            for sample in range(count):
+                yield self.run(index, store.read(boundary, sample))
+                lane_ends = sample + 1 == count or lane_of(sample, count) != lane_of(sample + 1, count)
+                if capture and lane_ends:
+                    capture.close_lane()

@@ -1,0 +1,133 @@
+"""FlexRound: learn, by element-wise division, which code every weight takes, together with the grid.
+
+Lee et al. 2023, "FlexRound: Learnable Rounding based on Element-wise Division for Post-Training Quantization", ICML,
+arXiv 2306.00317, section 3. For a linear weight `W` `[out, in]`:
+
+    W' = W / (S2 * s3)              one divisor per weight, one per output channel
+    What = s1 * clamp(round(W' / s1), lo, hi)
+
+`s1` is the grid size (per tensor, channel or group, as the format has it). All three are learned as logarithms, so a
+step of the optimizer is a relative change. The gradient passes rounding as if it were not there and stops where codes
+saturate: with `G` the gradient in `What` and `m` one inside the grid,
+
+    d log S2 = -G * m * W'          d log s3 = its row sums          d log s1 = sum over the group of G * (What - m W')
+
+A weight may move by several codes; weights of larger magnitude move further.
+"""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from compressor.calibration.stats import SecondMoment
+from compressor.decision import Outcome, Quantized
+from compressor.formats.base import QParams, QuantFormat, ScaledFormat, grouped
+from compressor.methods.base import Block, Layer, Scope, Stream
+from compressor.methods.reconstruction import LearningOptions, first_grid, learn
+from compressor.plan import WeightRef
+
+
+class FlexRoundOptions(LearningOptions):
+    """Options of FlexRound."""
+
+    lr: float | None = Field(None, ge=0, le=1, description="learning rate of the logarithms; if unset 0.16 / 2**bits")
+    lr_scale: float | None = Field(None, ge=0, le=1, description="learning rate of the grid size; lr if unset")
+    row_divisor: bool = Field(True, description="learn s3, one divisor per output channel")
+
+
+class FlexRound:
+    """Rounding learned by element-wise division."""
+
+    name = "flexround"
+    summary = "FlexRound: learn each weight's rounding and the grid, block by block"
+    scope = Scope.BLOCK
+    stream = Stream.BOTH
+    Options = FlexRoundOptions
+
+    def __init__(self, options: FlexRoundOptions | None = None) -> None:
+        self.options = options or FlexRoundOptions()
+
+    def stats(self, fmt: QuantFormat) -> tuple[SecondMoment, ...]:
+        """Return the second moment."""
+        return ()
+
+    def refuse(self, ref: WeightRef, fmt: QuantFormat) -> str | None:
+        """Refuse formats whose grid does not stretch with a step."""
+        if not isinstance(fmt, ScaledFormat):
+            return f"method flexround learns the step of a grid, which {fmt.name} does not have"
+        return None
+
+    def solve_block(self, block: Block, generator: torch.Generator) -> Outcome:
+        """Learn all roundings of the block together."""
+
+        def start(layer: Layer, fmt: QuantFormat) -> Division:
+            assert isinstance(fmt, ScaledFormat)
+            return Division(layer, fmt, first_grid(layer, fmt, self.options), self.options)
+
+        return learn(block, start, self.options, generator)
+
+
+class Division:
+    """The variables of one weight, as logarithms.
+
+    Args:
+        layer: The layer.
+        fmt: Its format.
+        q: The grid it starts from.
+        options: Learning rates.
+    """
+
+    def __init__(self, layer: Layer, fmt: ScaledFormat, q: QParams, options: FlexRoundOptions) -> None:
+        self.weight, self.fmt, self.q = layer.weight, fmt, q
+        self.log_step = fmt.steps(q).log()  # s1 [out, groups, 1]
+        self.log_divisor = torch.zeros_like(layer.weight)  # S2 [out, in]
+        self.log_row = torch.zeros_like(layer.weight[:, :1])  # s3 [out, 1]
+        # Neighbouring codes are further apart, as a ratio, the fewer there are.
+        rate = 0.16 / 2**fmt.bits if options.lr is None else options.lr
+        self.groups = [(self.log_divisor, rate)]
+        scale_rate = rate if options.lr_scale is None else options.lr_scale
+        if scale_rate:
+            self.groups.append((self.log_step, scale_rate))
+        if options.row_divisor:
+            self.groups.append((self.log_row, rate))
+        self._last: tuple[Tensor, Tensor, QParams] | None = None
+
+    def value(self) -> Tensor:
+        """Return `What`, float32 `[out, in]`, and keep what `backward` needs."""
+        q, divided = self.params(), self.divided()
+        value = self.fmt.round(divided, q)
+        self._last = divided, value.detach(), q  # the caller may ask for a gradient in `value`, not in what is kept
+        return value
+
+    def rounded(self) -> Tensor:
+        """Return `What`, float32 `[out, in]`."""
+        return self.fmt.round(self.divided(), self.params())
+
+    def backward(self, gradient: Tensor, progress: float) -> None:
+        """Set the gradients of the logarithms; see the top of this file."""
+        assert self._last is not None, "value() comes first"
+        divided, value, q = self._last
+        low, high = (torch.as_tensor(limit) for limit in self.fmt.reach(q))
+        z = grouped(divided, self.fmt.group_size) / self.fmt.steps(q)  # [out, groups, group]
+        inside = z.clamp(low, high).eq_(z).flatten(-2)  # 1 or 0
+        pull = inside.mul_(divided).mul_(gradient)
+        moved = grouped(value.mul_(gradient).sub_(pull), self.fmt.group_size).sum(-1, keepdim=True)  # [out, groups, 1]
+        self.log_step.grad = moved.sum_to_size(self.log_step.shape)
+        self.log_divisor.grad = pull.neg_()
+        self.log_row.grad = pull.sum(1, keepdim=True)
+        self._last = None
+
+    def quantized(self) -> Quantized:
+        """Return codes and grid."""
+        q = self.params()
+        return Quantized(self.fmt.encode(self.divided(), q), q)
+
+    def divided(self) -> Tensor:
+        """Return `W'`, float32 `[out, in]`."""
+        return torch.sub(self.log_row.neg(), self.log_divisor).exp_().mul_(self.weight)
+
+    def params(self) -> QParams:
+        """Return the grid in stored precision."""
+        return self.fmt.with_steps(self.q, self.log_step.exp())

@@ -1,0 +1,115 @@
+"""Learned rounding through the engine: streams, slices of expert stacks, what is reported, and continuing a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import compressor
+from compressor import api
+from compressor.decision import Outcome
+from compressor.methods.base import Block
+from compressor.methods.flexround import FlexRound
+from compressor.report import RunReport
+from compressor.runtime import dequantized
+from compressor.testing import models
+from compressor.testing.tools import save_checkpoint, tree_hash, write_text
+
+
+def run(source: Path, out: Path, text: Path, method: str = "flexround", **more: Any) -> RunReport:
+    options = {"iters": 6, **more.pop("options", {})}
+    return compressor.quantize(
+        str(source), method=method, output=out, data=str(text), n_samples=6, seq_len=32, options=options, **more
+    )
+
+
+@pytest.mark.parametrize("method", ["flexround", "adaround"])
+def test_every_block_reports_its_losses_and_time(method: str, tmp_path: Path) -> None:
+    source = save_checkpoint(models.tiny_llama(layers=2), tmp_path / "source")
+    text = write_text(tmp_path / "text.txt")
+    report = run(source, tmp_path / "out", text, method, format="int3", options={"iters": 40})
+    assert report.verification["ok"]
+    saved = json.loads((tmp_path / "out" / "compress_report.json").read_text())["units"]
+    assert [unit["name"] for unit in saved] == ["model.layers.0", "model.layers.1", "outside the blocks"]
+    for unit in saved[:2]:
+        assert 0 < unit["loss_after"] < unit["loss_before"]
+        assert unit["seconds"] > 0
+
+
+def test_the_block_sees_the_compressed_prefix_and_the_original_target(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inputs come from the compressed blocks before; targets are what the original model has there."""
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    solve = FlexRound.solve_block
+
+    def watch(self: FlexRound, block: Block, generator: torch.Generator) -> Outcome:
+        seen.append((block.inputs(3), block.targets(3)))
+        weights = {layer.ref.name: layer.weight for layer, _ in block.layers}
+        with torch.no_grad():  # the weights it was given reproduce the original block
+            assert torch.allclose(block.forward(block.fp_inputs(3), weights), block.targets(3), atol=1e-5)
+        return solve(self, block, generator)
+
+    monkeypatch.setattr(FlexRound, "solve_block", watch)
+    model = models.tiny_llama(layers=3, kv_heads=2)
+    source, text = save_checkpoint(model, tmp_path / "source"), write_text(tmp_path / "text.txt")
+    run(source, tmp_path / "out", text, format="int2")
+    states: dict[str, torch.Tensor] = {}
+
+    def note(name: str) -> Any:
+        return lambda module, args, output: states.__setitem__(name, output)
+
+    handle = model.model.layers[1].register_forward_hook(note("original"))
+    job = api.prepare(api.Recipe(model=str(source), method="flexround", calibration=spec(text)), tmp_path / "other")
+    tokens = api.calibrate(job).tokens[3:4]
+    with torch.no_grad():
+        model(tokens)
+        handle.remove()
+        for name, weight in dequantized(tmp_path / "out"):
+            if name.startswith("model.layers.0."):
+                model.get_parameter(name).copy_(weight)
+        model.model.layers[0].register_forward_hook(note("compressed"))
+        model(tokens)
+    inputs, targets = seen[1]
+    assert torch.allclose(targets, states["original"], atol=1e-5)
+    assert torch.allclose(inputs, states["compressed"], atol=1e-5)
+    assert not torch.allclose(inputs, targets, atol=1e-2)
+
+
+def spec(text: Path) -> Any:
+    return api.CalibrationSpec(data=str(text), n_samples=6, seq_len=32)
+
+
+def test_experts_are_learned_in_their_stack(tmp_path: Path) -> None:
+    source = save_checkpoint(models.tiny_olmoe(), tmp_path / "source")
+    text = write_text(tmp_path / "text.txt")
+    run(source, tmp_path / "out", text, format="int4")
+    compressor.quantize(str(source), method="rtn", format="int4", output=tmp_path / "rtn")
+    learned, nearest = dict(dequantized(tmp_path / "out")), dict(dequantized(tmp_path / "rtn"))
+    experts = [name for name in learned if ".experts." in name]
+    assert experts
+    assert any(not torch.equal(learned[name], nearest[name]) for name in experts)
+
+
+def test_a_run_that_stops_continues_with_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = save_checkpoint(models.tiny_llama(layers=3), tmp_path / "source")
+    text = write_text(tmp_path / "text.txt")
+    run(source, tmp_path / "whole", text, format="int4")
+    solve = FlexRound.solve_block
+
+    def stop_at_two(self: FlexRound, block: Block, generator: torch.Generator) -> Outcome:
+        if block.name.endswith(".2"):
+            raise KeyboardInterrupt
+        return solve(self, block, generator)
+
+    monkeypatch.setattr(FlexRound, "solve_block", stop_at_two)
+    with pytest.raises(KeyboardInterrupt):
+        run(source, tmp_path / "out", text, format="int4")
+    monkeypatch.undo()
+    assert run(source, tmp_path / "out", text, format="int4").resumed_at == 2
+    weights = [tree_hash(tmp_path / folder) for folder in ("whole", "out")]
+    assert weights[0] == weights[1]
