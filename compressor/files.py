@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 PIECE_BYTES = 1 << 20
@@ -15,3 +16,21 @@ def sha256_file(path: Path) -> str:
         while piece := file.read(PIECE_BYTES):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file atomically and durably: a reader sees the old file or the new one.
+
+    Raises:
+        OSError: It cannot be written; nothing is left behind and the old file stays.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise

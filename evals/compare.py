@@ -1,4 +1,4 @@
-"""Comparing a compressed model with the original, token by token on the same text.
+"""Comparing a compressed model with the original, token by token on the same text, and paired differences of scores.
 
 Both models see the same windows, so differences are paired: the error of the mean difference is far smaller than that
 of either mean. Windows, segments and standard errors are those of `evals.perplexity`.
@@ -6,112 +6,53 @@ of either mean. Windows, segments and standard errors are those of `evals.perple
 
 from __future__ import annotations
 
-import hashlib
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-import compressor
 from compressor.checkpoint.skeleton import quiet
 from compressor.errors import CheckpointError, RecipeError
+from compressor.evals.paired import paired_difference
 from compressor.evals.perplexity import (
     ROWS,
-    SEGMENT,
-    Estimate,
+    VERSION,
+    Text,
     check_tokens,
-    clustered_mean,
-    exponential,
+    perplexity_result,
     token_nll,
     window_logits,
     windows,
 )
-from compressor.runtime import execution_path, load
+from compressor.evals.results import Estimate, TaskResult
 
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Side:
-    """One of the two models: what it is called, what computed it, and how well it predicts."""
-
-    name: str
-    execution_path: str
-    dtype: str
-    perplexity: Estimate
-
-
-@dataclass(frozen=True)
 class Comparison:
-    """What compression changed.
+    """What one pass of both models over a text gives.
 
     Attributes:
-        baseline: The original.
-        candidate: The compressed model.
-        nll_difference: Candidate minus baseline, nats per token, paired; below zero the candidate predicts better.
-        kl: Mean KL(baseline || candidate) of the next-token distributions, nats.
-        kl_p99: Its 99th percentile over tokens (nearest rank).
-        agreement: Share of positions where both models rank the same token first.
-        n_tokens: Predicted tokens.
-        context: Tokens per window.
-        text_sha256: SHA-256 of the token ids as little-endian int64.
-        seconds: Wall time, loading excluded.
+        candidate: The compressed model's perplexity.
+        baseline: The original's.
+        kl: KL(baseline || candidate) of the next-token distributions in nats (mean, and its 99th percentile over tokens
+            by nearest rank), and the share of positions where both models rank the same token first.
     """
 
-    baseline: Side
-    candidate: Side
-    nll_difference: Estimate
-    kl: Estimate
-    kl_p99: float
-    agreement: Estimate
-    n_tokens: int
-    context: int
-    text_sha256: str
-    seconds: float
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain data; two runs of the same comparison on one machine differ under `timing` alone."""
-
-        def side(model: Side) -> dict[str, Any]:
-            return {
-                "name": model.name,
-                "execution_path": model.execution_path,
-                "dtype": model.dtype,
-                "perplexity": model.perplexity.to_json(),
-            }
-
-        return {
-            "baseline": side(self.baseline),
-            "candidate": side(self.candidate),
-            "nll_difference": self.nll_difference.to_json(),
-            "kl": self.kl.to_json(),
-            "kl_p99": self.kl_p99,
-            "agreement": self.agreement.to_json(),
-            "n_tokens": self.n_tokens,
-            "context": self.context,
-            "segment": SEGMENT,
-            "text_sha256": self.text_sha256,
-            "versions": {
-                "compressor": compressor.__version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
-            "timing": {"seconds": self.seconds},
-        }
+    candidate: TaskResult
+    baseline: TaskResult
+    kl: TaskResult
 
 
 def compare(
     candidate: PreTrainedModel,
     baseline: PreTrainedModel,
-    tokens: Tensor,
-    context: int,
+    text: Text,
     *,
     names: tuple[str, str] = ("candidate", "baseline"),
     progress: Progress | None = None,
@@ -123,9 +64,8 @@ def compare(
     Args:
         candidate: The compressed model.
         baseline: The original.
-        tokens: int64 `[n]`.
-        context: Tokens per window.
-        names: What reports call candidate and baseline.
+        text: What both predict.
+        names: What errors call candidate and baseline.
         progress: Called with windows done and windows in all.
 
     Raises:
@@ -133,10 +73,9 @@ def compare(
         VerificationError: Logits that are not finite.
     """
     for model in (candidate, baseline):
-        check_tokens(tokens, context, model)
-    started = time.perf_counter()
+        check_tokens(text.tokens, text.context, model)
     parts: list[tuple[Tensor, ...]] = []
-    cut = list(windows(tokens, context))
+    cut = list(windows(text.tokens, text.context))
     for index, window in enumerate(cut):
         ours = window_logits(candidate, window, names[0], index)
         theirs = window_logits(baseline, window, names[1], index)
@@ -150,63 +89,34 @@ def compare(
         if progress:
             progress(index + 1, len(cut))
     nll_ours, nll_theirs, kl, agrees = (torch.cat(column) for column in zip(*parts, strict=True))
-    sides = [
-        Side(
-            name,
-            execution_path(model, context),
-            str(model.dtype).removeprefix("torch."),
-            exponential(clustered_mean(nll)),
-        )
-        for name, model, nll in zip(names, (candidate, baseline), (nll_ours, nll_theirs), strict=True)
-    ]
     return Comparison(
-        baseline=sides[1],
-        candidate=sides[0],
-        nll_difference=clustered_mean(nll_ours - nll_theirs),
-        kl=clustered_mean(kl),
-        kl_p99=percentile(kl, 0.99),
-        agreement=clustered_mean(agrees),
-        n_tokens=len(kl),
-        context=context,
-        text_sha256=hashlib.sha256(tokens.numpy().astype("<i8").tobytes()).hexdigest(),
-        seconds=time.perf_counter() - started,
+        candidate=perplexity_result(nll_ours, text),
+        baseline=perplexity_result(nll_theirs, text),
+        kl=_kl_result(kl, agrees, text),
     )
 
 
-def evaluate(
-    candidate: str | Path,
-    baseline: str | Path,
-    tokens: Tensor,
-    context: int,
-    *,
-    names: tuple[str, str] | None = None,
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
-    trust_remote_code: bool = False,
-    progress: Progress | None = None,
-) -> Comparison:
-    """Load two checkpoints and compare them; both are in memory together, the compressed one packed.
+def difference(candidate: TaskResult, baseline: TaskResult, metric: str) -> Estimate | None:
+    """Return candidate minus baseline with its own standard error, paired by sample.
 
-    Args:
-        candidate: Folder of the compressed model.
-        baseline: Folder of the original.
-        tokens: int64 `[n]`, from the baseline's tokenizer.
-        context: Tokens per window.
-        names: What reports call candidate and baseline; their paths by default.
-        dtype: Dtype both models compute in.
-        device: Where both models go.
-        trust_remote_code: Run model code that comes with the checkpoints, where transformers has none of its own.
-        progress: Called with windows done and windows in all.
+    A perplexity's difference is relative, `exp` of the difference in nats minus one (delta method): compression
+    multiplies it. None for metrics whose samples are not kept, such as percentiles.
 
     Raises:
-        RecipeError: As `compare`; also if the tokenizers differ.
-        CheckpointError: A checkpoint cannot be read.
-        VerificationError: Logits that are not finite.
+        RecipeError: The two results are not about the same documents.
     """
-    check_tokenizers(Path(candidate), Path(baseline), tokens)
-    trust = trust_remote_code
-    ours, theirs = (load(path, dtype=dtype, device=device, trust_remote_code=trust) for path in (candidate, baseline))
-    return compare(ours, theirs, tokens, context, names=names or (str(candidate), str(baseline)), progress=progress)
+    if metric in candidate.samples.values:
+        return paired_difference(baseline.samples, candidate.samples, metric)
+    if is_perplexity(candidate, metric):
+        nats = paired_difference(baseline.samples, candidate.samples, "nll")
+        ratio = math.exp(nats.value)
+        return Estimate(ratio - 1, None if nats.standard_error is None else ratio * nats.standard_error)
+    return None
+
+
+def is_perplexity(result: TaskResult, metric: str) -> bool:
+    """Return whether a metric is `exp` of the mean of the samples' `nll`."""
+    return metric in ("perplexity", "byte_perplexity") and "nll" in result.samples.values
 
 
 def check_tokenizers(candidate: Path, baseline: Path, tokens: Tensor) -> None:
@@ -237,6 +147,17 @@ def percentile(values: Tensor, share: float) -> float:
     """Return the smallest value that at least `share` of all values do not exceed (nearest rank)."""
     rank = max(1, math.ceil(share * len(values)))
     return float(values.kthvalue(rank).values)
+
+
+def _kl_result(kl: Tensor, agrees: Tensor, text: Text) -> TaskResult:
+    """Turn per-token divergences and agreements `[n_predictions]` into the task's result."""
+    samples = text.samples({"kl": kl, "agreement": agrees})
+    metrics = {
+        "kl": samples.mean("kl"),
+        "kl_p99": Estimate(percentile(kl, 0.99), None),
+        "agreement": samples.mean("agreement"),
+    }
+    return TaskResult(VERSION, text.settings(), metrics, samples)
 
 
 def _divergence(baseline: Tensor, candidate: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,15 +5,15 @@ not predicted. A last, shorter window counts if it holds at least two tokens.
 
 Standard errors are clustered: the error of token after token inside one text is correlated, so treating tokens as
 independent would make every error bar too short. Predictions are cut into segments of 128 consecutive ones (a paragraph
-or so, beyond which correlation is weak); only differences between segments count as noise. For a mean over `n`
-predictions in `G` segments with sums `S_g` of `n_g` values, `var = G/(G-1) * sum_g (S_g - mean * n_g)^2 / n^2`, the
-usual ratio estimator, which is the plain standard error of segment means when segments are equally long.
+or so, beyond which correlation is weak); only differences between segments count as noise. The formula is that of
+`results.weighted_mean`. Segments are the samples of the evaluation file.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compressor.errors import RecipeError, VerificationError
+from compressor.evals.results import Estimate, Samples, TaskResult
+
+VERSION = "1"
+"""Of the definition of perplexity and KL; raise it when a change to windows, segments or formulas changes scores."""
 
 SEGMENT = 128
 """Predictions per segment."""
@@ -31,57 +35,82 @@ ROWS = 128
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A number and its standard error; the error is None where the data is too little to give one."""
-
-    value: float
-    standard_error: float | None
-
-    def to_json(self) -> dict[str, float | None]:
-        """Return plain data."""
-        return {"value": self.value, "standard_error": self.standard_error}
-
-
-@dataclass(frozen=True)
-class Perplexity:
-    """How well a model predicts a text.
+class Text:
+    """What is scored.
 
     Attributes:
-        perplexity: `exp` of the mean negative log-likelihood; its error by the delta method.
-        nll: Mean negative log-likelihood in nats per token.
-        n_tokens: Predicted tokens.
+        name: Preset or file name, for reports.
+        tokens: int64 `[n]`.
+        context: Tokens per window.
     """
 
-    perplexity: Estimate
-    nll: Estimate
-    n_tokens: int
+    name: str
+    tokens: Tensor
+    context: int
+
+    @property
+    def n_predictions(self) -> int:
+        """Tokens that are predicted: all but the first of each window."""
+        return sum(len(window) - 1 for window in windows(self.tokens, self.context))
+
+    def settings(self) -> dict[str, Any]:
+        """Return what scores on this text depend on; equal settings mean equal tokens in equal windows."""
+        return {
+            "text": self.name,
+            "text_sha256": hashlib.sha256(self.tokens.numpy().astype("<i8").tobytes()).hexdigest(),
+            "context": self.context,
+            "n_tokens": self.n_predictions,
+            "segment": SEGMENT,
+        }
+
+    def samples(self, values: Mapping[str, Tensor]) -> Samples:
+        """Sum per-token values over segments.
+
+        Args:
+            values: Metric name -> `[n_predictions]`.
+        """
+        targets = torch.cat([window[1:] for window in windows(self.tokens, self.context)])
+        segments = targets.split(SEGMENT)
+        return Samples(
+            id=tuple(range(len(segments))),
+            # The context belongs to the hash: the same token after another history is another prediction.
+            hash=tuple(_segment_hash(segment, self.context) for segment in segments),
+            weight=tuple(len(segment) for segment in segments),
+            values={name: segment_sums(column) for name, column in values.items()},
+        )
 
 
 def perplexity(
-    model: PreTrainedModel, tokens: Tensor, context: int, progress: Callable[[int, int], None] | None = None
-) -> Perplexity:
-    """Measure a model.
+    model: PreTrainedModel, text: Text, who: str = "the model", progress: Callable[[int, int], None] | None = None
+) -> TaskResult:
+    """Measure how well a model predicts a text.
 
     Args:
         model: A causal language model.
-        tokens: int64 `[n]`.
-        context: Tokens per window.
+        text: What to predict.
+        who: What errors call the model.
         progress: Called with windows done and windows in all.
 
     Raises:
         RecipeError: Too few tokens, or a context the model cannot take.
         VerificationError: Logits that are not finite.
     """
-    check_tokens(tokens, context, model)
+    check_tokens(text.tokens, text.context, model)
     parts = []
-    cut = list(windows(tokens, context))
-    for done, window in enumerate(cut, 1):
-        parts.append(token_nll(window_logits(model, window, "the model", done - 1), window[1:]))
+    cut = list(windows(text.tokens, text.context))
+    for index, window in enumerate(cut):
+        parts.append(token_nll(window_logits(model, window, who, index), window[1:]))
         if progress:
-            progress(done, len(cut))
-    values = torch.cat(parts)
-    nll = clustered_mean(values)
-    return Perplexity(exponential(nll), nll, len(values))
+            progress(index + 1, len(cut))
+    return perplexity_result(torch.cat(parts), text)
+
+
+def perplexity_result(nll: Tensor, text: Text) -> TaskResult:
+    """Turn negative log-likelihoods `[n_predictions]` into the task's result."""
+    samples = text.samples({"nll": nll})
+    mean = samples.mean("nll")
+    metrics = {"perplexity": exponential(mean), "nll": mean}
+    return TaskResult(VERSION, text.settings(), metrics, samples)
 
 
 def check_tokens(tokens: Tensor, context: int, model: PreTrainedModel) -> None:
@@ -142,19 +171,9 @@ def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.cat(parts).double().cpu()
 
 
-def clustered_mean(values: Tensor, segment: int = SEGMENT) -> Estimate:
-    """Return the mean of per-token values `[n]` and its standard error over segments of consecutive tokens.
-
-    A last, shorter segment counts with its length. With fewer than two segments there is no error to give.
-    """
-    values = values.double()
-    mean = values.mean()
-    residuals = torch.stack([(part - mean).sum() for part in values.split(segment)])  # [segments]
-    count = len(residuals)
-    if count < 2:
-        return Estimate(float(mean), None)
-    variance = count / (count - 1) * residuals.square().sum() / len(values) ** 2
-    return Estimate(float(mean), float(variance.sqrt()))
+def segment_sums(values: Tensor) -> tuple[float, ...]:
+    """Return the float64 sums of per-token values `[n]` over segments of consecutive tokens."""
+    return tuple(float(part.sum()) for part in values.double().split(SEGMENT))
 
 
 def exponential(nll: Estimate) -> Estimate:
@@ -167,3 +186,9 @@ def exponential(nll: Estimate) -> Estimate:
         raise VerificationError(f"a mean loss of {nll.value:.4g} nats per token", "the model's weights are broken")
     value = math.exp(nll.value)
     return Estimate(value, None if nll.standard_error is None else value * nll.standard_error)
+
+
+def _segment_hash(targets: Tensor, context: int) -> str:
+    digest = hashlib.sha256(f"{context}\0".encode())
+    digest.update(targets.numpy().astype("<i8").tobytes())
+    return digest.hexdigest()[:16]

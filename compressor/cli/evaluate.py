@@ -3,66 +3,146 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from compressor.cli.render import STDOUT, RichProgress, duration, print_json, size, table
+from compressor.errors import RecipeError
 from compressor.process import peak_rss
+
+if TYPE_CHECKING:
+    from compressor.evals.results import Estimate, Evaluation
+    from compressor.measure import Evaluated
 
 
 def evaluate(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Compressed checkpoint.")],
+    model: Annotated[str | None, typer.Argument(metavar="DIR", help="Checkpoint, or a model by its name.")] = None,
     baseline: Annotated[str | None, typer.Option("--baseline", "-b", help="The original; default: from DIR.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Names separated by commas, see --list; default: perplexity and kl.")
+    ] = None,
+    suite: Annotated[str | None, typer.Option(help="Suite of tasks: its name, or a YAML file.")] = None,
     text: Annotated[str, typer.Option(help="Preset, .txt or .jsonl; presets use their held-out half.")] = "python-docs",
     max_tokens: Annotated[int, typer.Option(min=2, help="Tokens of the text to score.")] = 8192,
     context: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 1024,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples in lm-eval prompts.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Documents per lm-eval task, the first ones.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of few-shot choices.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Requests per forward pass of lm-eval tasks.")] = 8,
+    cache: Annotated[bool, typer.Option("--cache/--no-cache", help="Keep and reuse the original's results.")] = True,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the JSON; default: DIR.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     trust_remote_code: Annotated[bool, typer.Option(help="Run model code that comes with the checkpoints.")] = False,
+    list_: Annotated[bool, typer.Option("--list", help="List tasks and suites, and do nothing else.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
-    """Measure a compressed checkpoint against the original: perplexity, KL divergence, agreement."""
+    """Measure a model, and a compressed one against its original: perplexity, KL divergence, lm-eval tasks."""
+    if list_:
+        _list(json_)
+        return
+    if model is None:
+        raise RecipeError("no checkpoint is named", "give the folder that compress quantize wrote")
     from compressor.measure import evaluate as run
 
     with RichProgress(quiet) as progress:
         result = run(
-            directory,
+            model,
             baseline,
+            tasks=None if tasks is None else tasks.split(","),
+            suite=suite,
             text=text,
             max_tokens=max_tokens,
             context=context,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            seed=seed,
+            batch_size=batch_size,
+            cache=cache,
             output=output,
             device=device,
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
     if json_:
-        print_json(result)
-    else:
-        STDOUT.print(evaluation_table(result))
-        took = duration(result["timing"]["seconds"])
-        STDOUT.print(
-            f"{result['n_tokens']} tokens of {result['text']} in windows of {result['context']}, "
-            f"{result['candidate']['execution_path']}, {took}, peak RAM {size(peak_rss())}",
-            soft_wrap=True,
-        )
+        print_json(result.model.to_json())
+        return
+    STDOUT.print(evaluation_table(result))
+    for line in _footer(result):
+        STDOUT.print(line, soft_wrap=True)
 
 
-def evaluation_table(result: dict[str, Any]) -> Any:
-    """Return the table of one comparison."""
+def evaluation_table(result: Evaluated) -> Any:
+    """Return the table: each metric of both models with its standard error, and the paired difference with its own."""
+    from compressor.evals.compare import difference, is_perplexity
 
-    def number(entry: dict[str, float | None], digits: int = 4) -> str:
-        error = entry["standard_error"]
-        return f"{entry['value']:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+    ours, theirs = result.model, result.baseline
+    rows = []
+    for name, task in ours.tasks.items():
+        reference = theirs.tasks.get(name) if theirs else None
+        for metric, estimate in task.metrics.items():
+            row = [metric if name in ("perplexity", "kl") else f"{name} {metric}"]
+            if theirs:
+                known = reference.metrics.get(metric) if reference else None
+                change = difference(task, reference, metric) if reference else None
+                row += [_number(known), _number(estimate), _change(change, relative=is_perplexity(task, metric))]
+            else:
+                row.append(_number(estimate))
+            rows.append(row)
+    names = [Path(side.model.name).name for side in (theirs, ours) if side]
+    columns = ["", *names, *(["paired difference"] if theirs else [])]
+    return table("± is one standard error", columns, rows)
 
-    base, ours = result["baseline"], result["candidate"]
-    rows = [
-        ["perplexity", number(base["perplexity"], 3), number(ours["perplexity"], 3)],
-        ["nll difference, nats per token", "", number(result["nll_difference"])],
-        ["KL(original || compressed), mean", "", number(result["kl"])],
-        ["KL, 99th percentile", "", f"{result['kl_p99']:.4f}"],
-        ["top-1 agreement", "", number(result["agreement"])],
+
+def _number(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return ""
+    digits = 3 if abs(estimate.value) >= 10 else 4
+    error = "" if estimate.standard_error is None else f" ± {estimate.standard_error:.{digits}f}"
+    return f"{estimate.value:.{digits}f}{error}"
+
+
+def _change(estimate: Estimate | None, relative: bool) -> str:
+    if estimate is None:
+        return ""
+    factor, digits, unit = (100, 2, " %") if relative else (1, 4, "")
+    error = "" if estimate.standard_error is None else f" ± {factor * estimate.standard_error:.{digits}f}"
+    return f"{factor * estimate.value:+.{digits}f}{error}{unit}"
+
+
+def _footer(result: Evaluated) -> list[str]:
+    """Say what was scored, how, and where the numbers lie."""
+    tasks = result.model.tasks
+    lines = [_described(name, result.model) for name in tasks if name != "kl" or "perplexity" not in tasks]
+    cached = (result.baseline.timing if result.baseline else {}).get("cached") or []
+    if cached:
+        lines.append(f"of the original, from the cache: {', '.join(cached)}")
+    took = duration(result.model.timing["seconds"])
+    lines.append(f"{result.model.model.execution_path}, {took}, peak RAM {size(peak_rss())}")
+    return [*lines, *(f"written: {path}" for path in result.written)]
+
+
+def _described(name: str, evaluation: Evaluation) -> str:
+    task = evaluation.tasks[name]
+    settings = task.settings
+    if name in ("perplexity", "kl"):
+        return f"{settings['n_tokens']} predicted tokens of {settings['text']} in windows of {settings['context']}"
+    return f"{name}: {len(task.samples)} documents, {settings['num_fewshot']} examples in the prompt"
+
+
+def _list(as_json: bool) -> None:
+    from compressor.evals.tasks import BUILT_IN, suites
+
+    found = {suite.name: suite for suite in suites()}
+    if as_json:
+        print_json({"tasks": BUILT_IN, "suites": {name: suite.model_dump() for name, suite in found.items()}})
+        return
+    rows = [[name, summary] for name, summary in BUILT_IN.items()]
+    rows += [["FILE.yaml", "a task in lm-eval's format"], ["any other name", "a task of lm-eval (lm-eval ls tasks)"]]
+    STDOUT.print(table("tasks (--tasks a,b,c)", ["name", ""], rows, text=True))
+    listed = [
+        [name, suite.description, ", ".join(entry if isinstance(entry, str) else entry.task for entry in suite.tasks)]
+        for name, suite in found.items()
     ]
-    return table("± is one standard error", ["", base["name"], ours["name"]], rows)
+    STDOUT.print(table("suites (--suite NAME)", ["name", "", "tasks"], listed, text=True))

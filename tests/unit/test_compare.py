@@ -1,6 +1,5 @@
 """Measuring models: against brute force in float64, standard errors against simulation, and what is refused."""
 
-import json
 import math
 from pathlib import Path
 
@@ -12,16 +11,24 @@ from transformers import PreTrainedModel
 from compressor.errors import RecipeError, VerificationError
 from compressor.evals import compare as compare_module
 from compressor.evals import perplexity as perplexity_module
-from compressor.evals.compare import Comparison, compare, evaluate, percentile
+from compressor.evals.compare import Comparison, check_tokenizers, compare, difference, percentile
 from compressor.evals.generate import generate
-from compressor.evals.perplexity import clustered_mean, exponential, perplexity, windows
-from compressor.formats import get_format
-from compressor.testing.checkpoints import write_compressed
+from compressor.evals.perplexity import Text, exponential, perplexity, segment_sums, windows
+from compressor.evals.results import Estimate, weighted_mean
 from compressor.testing.models import sample_tokens, tiny_bert, tiny_llama, tiny_tokenizer
 
 
-def text(length: int, seed: int = 0) -> Tensor:
+def ids(length: int, seed: int = 0) -> Tensor:
     return sample_tokens(tiny_llama(), length, seed)[0]
+
+
+def text(length: int, context: int, seed: int = 0) -> Text:
+    return Text("random", ids(length, seed), context)
+
+
+def clustered_mean(values: Tensor) -> Estimate:
+    """Return the mean of per-token values with the error of its segments, as results have it."""
+    return weighted_mean(segment_sums(values), [len(part) for part in values.split(128)])
 
 
 def perturbed(seed: int, size: float = 0.02) -> PreTrainedModel:
@@ -35,8 +42,8 @@ def perturbed(seed: int, size: float = 0.02) -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def compared() -> tuple[Comparison, Tensor, PreTrainedModel, PreTrainedModel]:
-    candidate, baseline, tokens = perturbed(5), tiny_llama(5), text(391)
-    return compare(candidate, baseline, tokens, 100), tokens, candidate, baseline
+    candidate, baseline, tokens = perturbed(5), tiny_llama(5), ids(391)
+    return compare(candidate, baseline, Text("random", tokens, 100)), tokens, candidate, baseline
 
 
 def test_windows_keep_a_last_one_of_two_tokens_but_not_of_one() -> None:
@@ -47,14 +54,13 @@ def test_windows_keep_a_last_one_of_two_tokens_but_not_of_one() -> None:
 
 def test_a_model_equals_itself() -> None:
     model = tiny_llama(3)
-    result = compare(model, model, text(300), 128)
-    assert result.kl.value == 0
-    assert result.kl.standard_error == 0
-    assert result.kl_p99 == 0
-    assert result.agreement.value == 1
-    assert result.nll_difference.value == 0
-    assert result.candidate.perplexity == result.baseline.perplexity
-    assert result.n_tokens == 127 + 127 + 43
+    result = compare(model, model, text(300, 128))
+    assert result.kl.metrics["kl"] == Estimate(0, 0)
+    assert result.kl.metrics["kl_p99"] == Estimate(0, None)
+    assert result.kl.metrics["agreement"] == Estimate(1, 0)
+    assert result.candidate == result.baseline
+    assert result.candidate.settings["n_tokens"] == 127 + 127 + 43
+    assert difference(result.candidate, result.baseline, "nll") == Estimate(0, 0)
 
 
 def brute_force(candidate: PreTrainedModel, baseline: PreTrainedModel, tokens: Tensor, context: int) -> dict[str, list]:
@@ -85,35 +91,62 @@ def test_every_number_equals_brute_force(compared: tuple[Comparison, Tensor, Pre
     result, tokens, candidate, baseline = compared
     expected = brute_force(candidate, baseline, tokens, 100)
     count = len(expected["kl"])
-    assert result.n_tokens == count == 3 * 99 + 90
-    difference = [a - b for a, b in zip(expected["ours"], expected["theirs"], strict=True)]
+    assert result.kl.settings["n_tokens"] == sum(result.kl.samples.weight) == count == 3 * 99 + 90
+    change = [a - b for a, b in zip(expected["ours"], expected["theirs"], strict=True)]
+    nll = difference(result.candidate, result.baseline, "nll")
     for estimate, values in (
-        (result.kl, expected["kl"]),
-        (result.nll_difference, difference),
-        (result.agreement, expected["agree"]),
+        (result.kl.metrics["kl"], expected["kl"]),
+        (nll, change),
+        (result.kl.metrics["agreement"], expected["agree"]),
     ):
         assert estimate.value == pytest.approx(sum(values) / count, rel=1e-4, abs=1e-7)
         assert estimate.standard_error == pytest.approx(standard_error(values), rel=1e-4)
-    assert result.kl.value > 1e-3
-    assert 0 < result.agreement.value < 1
-    assert result.kl_p99 == pytest.approx(sorted(expected["kl"])[math.ceil(0.99 * count) - 1], rel=1e-4)
+    assert result.kl.metrics["kl"].value > 1e-3
+    assert 0 < result.kl.metrics["agreement"].value < 1
+    p99 = result.kl.metrics["kl_p99"]
+    assert p99.value == pytest.approx(sorted(expected["kl"])[math.ceil(0.99 * count) - 1], rel=1e-4)
+    assert p99.standard_error is None
     for side, values in ((result.candidate, expected["ours"]), (result.baseline, expected["theirs"])):
         ppl = math.exp(sum(values) / count)
-        assert side.perplexity.value == pytest.approx(ppl, rel=1e-5)
-        assert side.perplexity.standard_error == pytest.approx(ppl * standard_error(values), rel=1e-4)
+        assert side.metrics["perplexity"].value == pytest.approx(ppl, rel=1e-5)
+        assert side.metrics["perplexity"].standard_error == pytest.approx(ppl * standard_error(values), rel=1e-4)
+        sums = [sum(values[i : i + 128]) for i in range(0, count, 128)]
+        assert side.samples.values["nll"] == pytest.approx(sums, rel=1e-5)
+    relative = difference(result.candidate, result.baseline, "perplexity")
+    ratio = result.candidate.metrics["perplexity"].value / result.baseline.metrics["perplexity"].value
+    assert relative.value == pytest.approx(ratio - 1, rel=1e-9)
+    assert relative.standard_error == pytest.approx(ratio * nll.standard_error, rel=1e-9)
+    assert difference(result.kl, result.kl, "kl_p99") is None
+
+
+def test_samples_are_paired_by_what_was_predicted(
+    compared: tuple[Comparison, Tensor, PreTrainedModel, PreTrainedModel],
+) -> None:
+    result, tokens, _, baseline = compared
+    assert result.candidate.samples.hash == result.baseline.samples.hash == result.kl.samples.hash
+    assert result.kl.samples.id == (0, 1, 2, 3)
+    assert result.kl.samples.weight == (128, 128, 128, 3)
+    other = tokens.clone()
+    other[150] = 4 if tokens[150] != 4 else 5
+    changed = Text("random", other, 100).samples({})
+    same = [a == b for a, b in zip(changed.hash, result.kl.samples.hash, strict=True)]
+    assert same == [True, False, True, True]
+    with pytest.raises(RecipeError, match="not the same documents"):
+        difference(perplexity(baseline, Text("random", other, 100)), result.baseline, "nll")
+    with pytest.raises(RecipeError, match="not the same documents"):
+        difference(perplexity(baseline, Text("random", tokens, 130)), result.baseline, "nll")
 
 
 def test_perplexity_alone_gives_the_same_number(
     compared: tuple[Comparison, Tensor, PreTrainedModel, PreTrainedModel],
 ) -> None:
     result, tokens, _, baseline = compared
-    alone = perplexity(baseline, tokens, 100)
-    assert alone.perplexity == result.baseline.perplexity
-    assert alone.n_tokens == result.n_tokens
+    assert perplexity(baseline, Text("random", tokens, 100)) == result.baseline
     window = tokens[None, :100]
     with torch.no_grad():
         loss = baseline(window, labels=window).loss
-    assert perplexity(baseline, tokens[:100], 100).nll.value == pytest.approx(float(loss), rel=1e-5)
+    first = perplexity(baseline, Text("random", tokens[:100], 100))
+    assert first.metrics["nll"].value == pytest.approx(float(loss), rel=1e-5)
 
 
 def test_the_size_of_chunks_does_not_matter(
@@ -122,9 +155,9 @@ def test_the_size_of_chunks_does_not_matter(
     result, tokens, candidate, baseline = compared
     for module in (compare_module, perplexity_module):
         monkeypatch.setattr(module, "ROWS", 7)
-    again = compare(candidate, baseline, tokens, 100)
-    assert again.kl.value == pytest.approx(result.kl.value, rel=1e-6)
-    assert again.nll_difference.value == pytest.approx(result.nll_difference.value, rel=1e-6)
+    again = compare(candidate, baseline, Text("random", tokens, 100))
+    assert again.kl.metrics["kl"].value == pytest.approx(result.kl.metrics["kl"].value, rel=1e-6)
+    assert again.candidate.metrics["nll"].value == pytest.approx(result.candidate.metrics["nll"].value, rel=1e-6)
 
 
 def correlated(rows: int, length: int, rho: float, generator: torch.Generator) -> Tensor:
@@ -157,11 +190,11 @@ def test_less_than_two_segments_give_no_error_not_zero() -> None:
     assert clustered_mean(torch.randn(128)).standard_error is None
     assert exponential(clustered_mean(torch.randn(128))).standard_error is None
     assert clustered_mean(torch.randn(129)).standard_error is not None
-    result = compare(perturbed(1), tiny_llama(1), text(60), 64).to_json()
-    assert result["kl"]["value"] > 0
-    for key in ("kl", "agreement", "nll_difference"):
-        assert result[key]["standard_error"] is None
-    assert result["baseline"]["perplexity"]["standard_error"] is None
+    result = compare(perturbed(1), tiny_llama(1), text(60, 64))
+    assert result.kl.metrics["kl"].value > 0
+    for estimate in (*result.kl.metrics.values(), *result.baseline.metrics.values()):
+        assert estimate.standard_error is None
+    assert difference(result.candidate, result.baseline, "perplexity").standard_error is None
 
 
 def test_percentile_is_nearest_rank() -> None:
@@ -175,51 +208,24 @@ def test_a_broken_loss_is_no_perplexity() -> None:
         exponential(clustered_mean(torch.full((3,), 1e4)))
 
 
-@pytest.fixture
-def folders(tmp_path: Path) -> tuple[Path, Path]:
-    model = tiny_llama(11)
-    baseline, candidate = tmp_path / "base", tmp_path / "int4"
-    model.save_pretrained(baseline)
-    write_compressed(model, candidate, get_format("int4", 64, torch.float32))
-    return candidate, baseline
-
-
-def test_evaluate_loads_both_and_reports_how_they_were_run(folders: tuple[Path, Path]) -> None:
-    candidate, baseline = folders
-    tokens, calls = text(300), []
-    runs = [evaluate(candidate, baseline, tokens, 64, progress=lambda *done: calls.append(done)) for _ in range(2)]
-    assert calls == [(i, 5) for i in range(1, 6)] * 2
-    result = runs[0].to_json()
-    assert json.loads(json.dumps(result, allow_nan=False)) == result
-    assert result["candidate"]["execution_path"] == "reference-float32 (packed int4)"
-    assert result["baseline"]["execution_path"] == "dense-float32"
-    assert result["candidate"]["name"] == str(candidate)
-    assert result["candidate"]["dtype"] == "float32"
-    assert result["versions"].keys() == {"compressor", "torch", "transformers"}
-    assert 0 < result["kl"]["value"] < 1
-    other = runs[1].to_json()
-    assert other.pop("timing")["seconds"] > 0
-    del result["timing"]
-    assert json.dumps(other) == json.dumps(result)
-    assert compare(*[tiny_llama(11)] * 2, text(300, seed=1), 64).to_json()["text_sha256"] != result["text_sha256"]
-
-
-def test_tokenizers_must_agree(folders: tuple[Path, Path]) -> None:
-    candidate, baseline = folders
-    tokens = text(40).clamp(max=270)
+def test_tokenizers_must_agree(tmp_path: Path) -> None:
+    candidate, baseline = tmp_path / "int4", tmp_path / "base"
+    tokens = ids(40).clamp(max=270)
+    candidate.mkdir()
+    check_tokenizers(candidate, baseline, tokens)
     tiny_tokenizer().save_pretrained(baseline)
     with pytest.raises(RecipeError, match="int4 has no tokenizer"):
-        evaluate(candidate, baseline, tokens, 32)
+        check_tokenizers(candidate, baseline, tokens)
     other = tiny_tokenizer()
     other.add_tokens(["<extra>"])
     other.save_pretrained(candidate)
     with pytest.raises(RecipeError, match="275 tokens"):
-        evaluate(candidate, baseline, tokens, 32)
+        check_tokenizers(candidate, baseline, tokens)
     tiny_tokenizer(add_bos=True).save_pretrained(candidate)
     with pytest.raises(RecipeError, match="cut the text differently"):
-        evaluate(candidate, baseline, tokens, 32)
+        check_tokenizers(candidate, baseline, tokens)
     tiny_tokenizer().save_pretrained(candidate)
-    assert evaluate(candidate, baseline, tokens, 32).n_tokens == 31 + 7
+    check_tokenizers(candidate, baseline, tokens)
 
 
 def test_what_cannot_be_compared_is_refused() -> None:
@@ -227,17 +233,17 @@ def test_what_cannot_be_compared_is_refused() -> None:
     larger = tiny_llama(tied=False)
     larger.resize_token_embeddings(384, mean_resizing=False)
     with pytest.raises(RecipeError, match="384 tokens, baseline 320"):
-        compare(larger, model, text(10), 8)
+        compare(larger, model, text(10, 8))
     with pytest.raises(RecipeError, match="1 tokens"):
-        compare(model, model, text(1), 8)
+        compare(model, model, text(1, 8))
     with pytest.raises(RecipeError, match="context of 1 "):
-        compare(model, model, text(10), 1)
+        compare(model, model, text(10, 1))
     with pytest.raises(RecipeError, match="512 positions"):
-        compare(model, model, text(10), 513)
+        compare(model, model, text(10, 513))
     with pytest.raises(RecipeError, match="320, the model knows 0 to 319"):
-        compare(model, model, torch.tensor([5, 320]), 8)
+        compare(model, model, Text("x", torch.tensor([5, 320]), 8))
     with pytest.raises(RecipeError, match="float32"):
-        compare(model, model, torch.zeros(10), 8)
+        compare(model, model, Text("x", torch.zeros(10), 8))
 
 
 def test_logits_that_are_not_finite_name_the_model() -> None:
@@ -246,7 +252,7 @@ def test_logits_that_are_not_finite_name_the_model() -> None:
     tokens = torch.full((20,), 4)
     tokens[13] = 17
     with pytest.raises(VerificationError, match="candidate: logits of window 1, position 0"):
-        compare(broken, tiny_llama(), tokens, 8)
+        compare(broken, tiny_llama(), Text("x", tokens, 8))
 
 
 @pytest.mark.parametrize("chat", [True, False])
