@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 
 from compressor.checkpoint.sink import WORK, write_json
 from compressor.errors import RecipeError, disk_error
+from compressor.files import sha256_file
 
 REPORT = "compress_report.json"
 RECIPE = "compress_recipe.json"
@@ -70,6 +71,12 @@ def claimed(out: Path, parts: dict[str, Any], digest: str, force: bool) -> Itera
 def finish(out: Path) -> None:
     """Remove the work folder: the run is over."""
     shutil.rmtree(out / WORK)
+
+
+def file_hashes(out: Path) -> dict[str, str]:
+    """Return name -> SHA-256 of every file of a finished result but its report."""
+    names = sorted(path.name for path in out.iterdir() if path.is_file() and path.name != REPORT)
+    return {name: sha256_file(out / name) for name in names}
 
 
 def _continue_or_clear(out: Path, parts: dict[str, Any], digest: str, force: bool) -> None:
