@@ -1,0 +1,95 @@
+"""What every row of a table reads: the model's folder, the two texts, and their tokens for other tools."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from compressor.checkpoint.default_model import EMBEDDED
+from compressor.checkpoint.resolve import HUB_ID, resolve_model
+from compressor.checkpoint.source import Source
+from compressor.errors import CheckpointError, RecipeError
+from compressor.evals.bench.table import Table
+from compressor.files import sha256_file
+from compressor.recipe import CalibrationSpec
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Where the inputs of a table are on this machine.
+
+    Attributes:
+        model: Folder of the original.
+        model_argument: What `compress` is told; the folder for models inside the data folder.
+        fingerprint: SHA-256 over the original's files.
+        weight_bytes: Bytes of its tensors.
+        bits_per_weight: Bits of the dtype its weights are stored in.
+        calibration: Text file.
+        evaluation: Text file.
+    """
+
+    model: Path
+    model_argument: str
+    fingerprint: str
+    weight_bytes: int
+    bits_per_weight: float
+    calibration: Path
+    evaluation: Path
+
+
+def find_inputs(table: Table, data: Path) -> Inputs:
+    """Find and check the inputs.
+
+    Raises:
+        RecipeError: A text is not in the data folder.
+        CheckpointError: A text is not the one the table names, or the model cannot be read.
+    """
+    texts = [_text(data, spec.file, spec.sha256) for spec in (table.calibration, table.evaluation)]
+    inside = data / table.model
+    is_name = table.model in EMBEDDED or (HUB_ID.fullmatch(table.model) is not None and not inside.is_dir())
+    argument = table.model if is_name else str(inside.resolve())
+    folder, _ = resolve_model(argument)
+    folder = folder.resolve()
+    source = Source.open(folder)
+    bits = {"F64": 64.0, "F32": 32.0, "F16": 16.0, "BF16": 16.0}[source.dtype]
+    stored = sum(info.nbytes for info in source.tensors.values())
+    return Inputs(folder, argument, source.fingerprint, stored, bits, texts[0], texts[1])
+
+
+def write_tokens(table: Table, inputs: Inputs, folder: Path) -> tuple[Path, Path]:
+    """Write the calibration windows `[samples, seq_len]` and the scored tokens `[n]` as int64 `.npy` files.
+
+    They are the very tokens that `compress quantize` and `compress eval` use.
+
+    Raises:
+        RecipeError: Too little text.
+    """
+    # Imported here: transformers takes seconds, and tables without other tools' rows do not need it.
+    import numpy as np
+    from transformers import AutoConfig, AutoTokenizer
+
+    from compressor.calibration.dataset import build, load_text, tokenize
+
+    tokenizer = AutoTokenizer.from_pretrained(inputs.model)
+    vocabulary = AutoConfig.from_pretrained(inputs.model).get_text_config().vocab_size
+    samples, seq_len = table.calibration.samples, table.calibration.seq_len
+    spec = CalibrationSpec(data=str(inputs.calibration), n_samples=samples, seq_len=seq_len)
+    windows = build(spec, tokenizer, vocabulary, seed=table.seed).tokens
+    scored = tokenize(load_text(str(inputs.evaluation)), tokenizer, vocabulary, limit=table.evaluation.tokens)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = folder / "calibration.npy", folder / "evaluation.npy"
+    for path, tokens in zip(paths, (windows, scored), strict=True):
+        np.save(path, tokens.numpy())
+    return paths
+
+
+def _text(data: Path, name: str, sha256: str) -> Path:
+    path = data / name
+    if not path.is_file():
+        raise RecipeError(f"{path}: no such file", "give the folder that holds the table's texts with --data-dir")
+    found = sha256_file(path)
+    if found != sha256:
+        raise CheckpointError(
+            f"{path}: SHA-256 is {found}, the table names {sha256}", "another text makes another table: get that file"
+        )
+    return path.resolve()

@@ -1,0 +1,216 @@
+"""Making one row: the commands it takes, and what is kept of their results."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import compressor
+from compressor.errors import CheckpointError
+from compressor.evals.bench.inputs import Inputs, write_tokens
+from compressor.evals.bench.machine import describe
+from compressor.evals.bench.record import Record
+from compressor.evals.bench.steps import Cost, Surroundings, run_step
+from compressor.evals.bench.table import Row, Table
+from compressor.evals.results import Evaluation
+
+EXTERNAL = Path(__file__).parent / "external"
+SCRIPTS = {"llmcompressor": "llmcompressor_row.py", "autoround": "autoround_row.py"}
+CHECKPOINT = "checkpoint"
+COMPRESS = (sys.executable, "-m", "compressor")
+SCALE_BITS = 16
+"""Of AutoRound's symmetric integers: one float16 scale per group."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A table about to be run on this machine.
+
+    Attributes:
+        table: The table.
+        inputs: Its model and texts.
+        work: Folder for what is made on the way.
+        around: Threads, device, paths to hide.
+        environments: Tool -> interpreter of an environment that has it.
+    """
+
+    table: Table
+    inputs: Inputs
+    work: Path
+    around: Surroundings
+    environments: Mapping[str, str]
+
+    def make(self, row: Row, original: Record | None) -> Record:
+        """Run a row's commands and return its record.
+
+        Args:
+            row: One of the table's rows.
+            original: The original's record; needed for every other row.
+
+        Raises:
+            StepError: A command failed.
+            CompressorError: A result cannot be used.
+        """
+        folder = self.work / self.table.key(row)
+        folder.mkdir(parents=True, exist_ok=True)
+        if row.is_original:
+            return self._original(row, folder)
+        if row.tool is None:
+            return self._ours(row, folder)
+        assert original is not None
+        assert original.evaluation is not None
+        return self._foreign(row, folder, original.evaluation)
+
+    def base(self, row: Row) -> Record:
+        """Return what is known of a row before it has run."""
+        return Record(
+            name=row.name,
+            digest=self.table.digest(row),
+            fingerprint=self.inputs.fingerprint,
+            commands=tuple(" ".join(self.around.scrub(word) for word in line) for line in self._display(row)),
+            machine=describe(self.around.device, self.around.threads),
+        )
+
+    def _original(self, row: Row, folder: Path) -> Record:
+        cost = self._run(folder, "evaluate", row, [*COMPRESS, *self._eval_arguments(self.inputs.model_argument, None)])
+        evaluation = self._evaluation(folder, row.name)
+        return replace(
+            self.base(row),
+            versions=dict(evaluation.versions),
+            weight_bytes=self.inputs.weight_bytes,
+            bits_per_weight=self.inputs.bits_per_weight,
+            cost={"evaluate": cost},
+            evaluation=evaluation,
+        )
+
+    def _ours(self, row: Row, folder: Path) -> Record:
+        # --force: an unfinished result of a killed run is thrown away, or its time would be that of the rest alone.
+        costs = {"quantize": self._run(folder, "quantize", row, [*COMPRESS, *self._quantize_arguments(row)])}
+        report = _read(folder / CHECKPOINT / "compress_report.json")
+        arguments = self._eval_arguments(CHECKPOINT, self.inputs.model_argument)
+        costs["evaluate"] = self._run(folder, "evaluate", row, [*COMPRESS, *arguments])
+        return replace(
+            self.base(row),
+            versions=report["versions"],
+            weight_bytes=report["bytes_after"],
+            bits_per_weight=report["bits_per_weight"],
+            cost=costs,
+            evaluation=self._evaluation(folder, row.name),
+        )
+
+    def _foreign(self, row: Row, folder: Path, original: Evaluation) -> Record:
+        # Imported here: transformers takes seconds, and rows of ours need it in their own processes only.
+        from compressor.evals.bench.stock import evaluation_from_scores
+
+        assert row.tool is not None
+        calibration, scored = write_tokens(self.table, self.inputs, self.work / "tokens")
+        model = str(self.inputs.model)
+        making = [self.environments[row.tool], str(EXTERNAL / SCRIPTS[row.tool]), "--model", model]
+        making += ["--tokens", str(calibration), "--output", CHECKPOINT, "--report", "tool.json"]
+        making += ["--seed", str(self.table.seed), *tool_arguments(row)]
+        making += ["--device", self.around.device] if row.tool == "autoround" else []
+        scoring = [sys.executable, str(EXTERNAL / "stock_score.py"), "--model", CHECKPOINT, "--baseline", model]
+        scoring += ["--tokens", str(scored), "--context", str(self.table.evaluation.context)]
+        segment = original.tasks["perplexity"].settings["segment"]
+        scoring += ["--segment", str(segment), "--report", "scores.json"]
+        costs = {"quantize": self._run(folder, "quantize", row, making, foreign=True)}
+        report = _read(folder / "tool.json")
+        costs["evaluate"] = self._run(folder, "evaluate", row, scoring)
+        scores = _read(folder / "scores.json")
+        bits = report.get("bits_per_weight")
+        if bits is None:  # an export of dequantized weights: what the packed one would take
+            bits = int(str(row.format).removeprefix("int")) + SCALE_BITS / int(str(row.group_size))
+        return replace(
+            self.base(row),
+            versions=report["versions"],
+            weight_bytes=report.get("weight_bytes"),
+            bits_per_weight=bits,
+            cost=costs,
+            evaluation=evaluation_from_scores(scores, original, row.name, costs["evaluate"].seconds),
+        )
+
+    def request(self, row: Row, step: str) -> dict[str, Any]:
+        """Return what a step depends on, free of paths: the key for not doing it twice."""
+        return {
+            "step": step,
+            "digest": self.table.digest(row),
+            "fingerprint": self.inputs.fingerprint,
+            "compressor": compressor.__version__,
+        }
+
+    def _run(self, folder: Path, step: str, row: Row, command: list[str], foreign: bool = False) -> Cost:
+        return run_step(folder, step, command, self.request(row, step), self.around, foreign=foreign)
+
+    def _quantize_arguments(self, row: Row) -> list[str]:
+        calibration = self.table.calibration
+        what = ["--method", str(row.method), "--format", str(row.format)]
+        arguments = ["quantize", self.inputs.model_argument, *what]
+        arguments += ["--group-size", row.group_size] if row.group_size else []
+        for key, value in row.options.items():
+            arguments += ["--option", f"{key}={value if isinstance(value, str) else json.dumps(value)}"]
+        arguments += ["--data", str(self.inputs.calibration)]
+        arguments += ["--n-samples", str(calibration.samples), "--seq-len", str(calibration.seq_len)]
+        arguments += ["--seed", str(self.table.seed), "--device", self.around.device]
+        return [*arguments, "--output", CHECKPOINT, "--force", "--quiet"]
+
+    def _eval_arguments(self, model: str, baseline: str | None) -> list[str]:
+        text = self.table.evaluation
+        arguments = ["eval", model, *(["--baseline", baseline] if baseline else [])]
+        arguments += ["--text", str(self.inputs.evaluation), "--max-tokens", str(text.tokens)]
+        arguments += ["--context", str(text.context), "--device", self.around.device]
+        # --no-cache: time and memory are those of measuring both models, whatever has been measured before.
+        return [*arguments, "--no-cache", "--output", ".", "--quiet"]
+
+    def _display(self, row: Row) -> list[list[str]]:
+        """Return the commands as a person would type them, without what only the runner needs."""
+        machinery = {"--force", "--no-cache", "--quiet"}
+        if row.tool is not None:
+            return [["python", SCRIPTS[row.tool], *tool_arguments(row), "--seed", str(self.table.seed)]]
+        name = self.table.model
+        lines = [] if row.is_original else [self._quantize_arguments(row)]
+        lines.append(self._eval_arguments(name if row.is_original else CHECKPOINT, None if row.is_original else name))
+        return [["compress", *(word for word in line if word not in machinery)] for line in lines]
+
+    def _evaluation(self, folder: Path, name: str) -> Evaluation:
+        """Read what `compress eval` wrote; names that are paths become the row's, the model's and the text's."""
+        found = Evaluation.read(folder / "compress_eval.json")
+        text = {"text": self.table.evaluation.file}
+        return replace(
+            found,
+            model=replace(found.model, name=name),
+            baseline=None if found.baseline is None else replace(found.baseline, name=self.table.model),
+            tasks={task: replace(result, settings={**result.settings, **text}) for task, result in found.tasks.items()},
+        )
+
+    def clean(self, row: Row) -> None:
+        """Remove what a finished row has left in the work folder."""
+        shutil.rmtree(self.work / self.table.key(row), ignore_errors=True)
+
+
+def tool_arguments(row: Row) -> list[str]:
+    """Return the flags that say what a tool is to do, as its script in `external/` takes them."""
+    assert row.format is not None
+    group = ["--group-size", row.group_size] if row.group_size else []
+    if row.tool == "llmcompressor":
+        return ["--algorithm", str(row.algorithm), "--format", row.format, *group]
+    return ["--bits", row.format.removeprefix("int"), "--iters", str(row.iters), *group]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Read JSON that a finished step must have left.
+
+    Raises:
+        CheckpointError: It has not, or it is no JSON object.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path.name}: the step ended well but left no readable result: {error}") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path.name}: the step left no JSON object")
+    return data

@@ -1,0 +1,233 @@
+"""What a table asks for: the model, the texts and the rows, read from YAML and checked before anything runs."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from compressor.errors import RecipeError
+from compressor.formats import BUILDERS
+
+TABLES = Path(__file__).parent / "tables"
+"""The project's own tables."""
+
+RESULTS = Path(__file__).parent / "results"
+"""Their results, a folder for each."""
+
+ORIGINAL = "original"
+"""Name of the row every table begins with: the model as it is."""
+
+DIGEST_CHARS = 12
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class _Text(_Strict):
+    file: str = Field(pattern=r"^[^/\\]+\.(txt|jsonl)$", description="file name inside --data-dir")
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="of the file; another text is another table")
+
+
+class Calibration(_Text):
+    """Text the methods see."""
+
+    samples: int = Field(ge=1)
+    seq_len: int = Field(ge=2)
+
+
+class EvaluationText(_Text):
+    """Text the models are scored on."""
+
+    tokens: int = Field(ge=2)
+    context: int = Field(ge=2)
+
+
+class Row(_Strict):
+    """One row: a recipe of ours, or a call of another tool.
+
+    Attributes:
+        name: Shown in the table, unique in it.
+        method: Method of ours; None for the original and other tools' rows.
+        format: Format of the weights.
+        group_size: Inputs per scale, `channel`, or what else `--group-size` takes; None is the format's default.
+        options: Options of our method.
+        tool: The other tool, or None.
+        algorithm: llm-compressor: `gptq` or `rtn`.
+        iters: AutoRound: steps per block.
+    """
+
+    name: str = Field(min_length=1)
+    method: str | None = None
+    format: str | None = None
+    group_size: str | None = None
+    options: dict[str, Any] = Field(default_factory=dict)
+    tool: Literal["llmcompressor", "autoround"] | None = None
+    algorithm: Literal["gptq", "rtn"] | None = None
+    iters: int | None = Field(None, ge=0)
+
+    @model_validator(mode="after")
+    def _complete(self) -> Row:
+        wanted = {
+            None: {"method", "format", "group_size", "options"},
+            "llmcompressor": {"tool", "algorithm", "format", "group_size"},
+            "autoround": {"tool", "iters", "format", "group_size"},
+        }[self.tool]
+        given = {name for name, value in self if name != "name" and value not in (None, {})}
+        if self.name == ORIGINAL:
+            if given:
+                raise ValueError(f"the row {ORIGINAL!r} comes by itself, name this one otherwise")
+            return self
+        if given - wanted:
+            raise ValueError(f"{', '.join(sorted(given - wanted))} means nothing for {self.tool or 'a row of ours'}")
+        missing = wanted - given - {"group_size", "options"}
+        if missing:
+            raise ValueError(f"{', '.join(sorted(missing))} is missing")
+        integers = str(self.format).startswith("int")
+        if self.tool == "autoround" and not integers:
+            raise ValueError(f"autoround rows are integers, not {self.format!r}")
+        if self.tool is not None and integers and not str(self.group_size).isdecimal():
+            raise ValueError(f"group_size is {self.group_size!r}, {self.tool} needs a number for {self.format}")
+        return self
+
+    @property
+    def is_original(self) -> bool:
+        """True for the model as it is."""
+        return self.name == ORIGINAL
+
+
+class Table(_Strict):
+    """A table.
+
+    Attributes:
+        title: Heading of the page.
+        text: A paragraph under it.
+        model: Embedded name, Hub id with revision, or a folder inside --data-dir.
+        seed: Seed of everything random, other tools' too.
+        calibration: Text the methods see.
+        evaluation: Text the models are scored on.
+        rows: In the order in which they run; the original is the first.
+    """
+
+    title: str = Field(min_length=1)
+    text: str = ""
+    model: str = Field(min_length=1)
+    seed: int = Field(0, ge=0)
+    calibration: Calibration
+    evaluation: EvaluationText
+    rows: tuple[Row, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _unique(self) -> Table:
+        names = [row.name for row in self.rows]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two rows are called {name!r}")
+        keys = [self.key(row) for row in self.rows]
+        for row, key in zip(self.rows, keys, strict=True):
+            if keys.count(key) > 1:
+                raise ValueError(f"row {row.name!r} has the file name {key} of another row")
+        return self
+
+    def key(self, row: Row) -> str:
+        """Return the name of a row's result file, without suffix: readable name and digest."""
+        readable = re.sub(r"[^a-z0-9]+", "-", row.name.lower()).strip("-")
+        return f"{readable}-{self.digest(row)[:DIGEST_CHARS]}"
+
+    def digest(self, row: Row) -> str:
+        """Return the hex SHA-256 of all that a row's result depends on: recipe, model and texts; not its name."""
+        described: dict[str, Any] = {
+            "model": self.model,
+            "evaluation": self.evaluation.model_dump(),
+        }
+        if not row.is_original:
+            described["row"] = row.model_dump(exclude={"name"}, exclude_defaults=True)
+            described["calibration"] = self.calibration.model_dump()
+            described["seed"] = self.seed
+        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+
+def read_table(path: Path) -> Table:
+    """Read a table.
+
+    A row whose `method` or `format` is a list stands for all combinations, format by format; its name is made from
+    `label` (else the method), format and group size.
+
+    Raises:
+        RecipeError: Unreadable, not YAML, or not a table; the message names the field.
+    """
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror}", "list the tables with: bench list") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict) or not isinstance(data.get("rows"), list):
+        raise RecipeError(f"{path}: not a table: it needs title, model, calibration, evaluation and rows")
+    rows: list[dict[str, Any]] = [{"name": ORIGINAL}]
+    for index, entry in enumerate(data["rows"]):
+        if not isinstance(entry, dict):
+            raise RecipeError(f"{path}: rows.{index}: {entry!r} is not a mapping")
+        rows.extend(_expanded(entry))
+    try:
+        table = Table.model_validate({**data, "rows": rows})
+    except ValidationError as error:
+        first = error.errors()[0]
+        problem = first["msg"].removeprefix("Value error, ")
+        raise RecipeError(f"{path}: {_where(first['loc'], rows)}{problem}") from error
+    for row in table.rows:
+        _check_names(row, path)
+    return table
+
+
+def find_table(name: str) -> Path:
+    """Return the file of a table given by path, or by the name of one of the project's own."""
+    shipped = TABLES / f"{name}.yaml"
+    return shipped if shipped.is_file() and not Path(name).is_file() else Path(name)
+
+
+def results_folder(path: Path) -> Path:
+    """Return where a table's results are kept: with the project's for its own tables, else beside the YAML."""
+    path = path.resolve()
+    return (RESULTS if path.parent == TABLES.resolve() else path.parent / "results") / path.stem
+
+
+def _expanded(entry: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Turn one entry of `rows` into rows."""
+    rest = {key: value for key, value in entry.items() if key not in ("method", "format", "label", "name")}
+    if isinstance(rest.get("group_size"), int):
+        rest["group_size"] = str(rest["group_size"])
+    formats, methods = (
+        value if isinstance(value, list) else [value] for value in (entry.get("format"), entry.get("method"))
+    )
+    for format, method in itertools.product(formats, methods):
+        given = {key: value for key, value in (("format", format), ("method", method)) if value is not None}
+        label = entry.get("label") or rest.get("tool") or method
+        words = [format, f"g{rest['group_size']}" if str(rest.get("group_size", "")).isdecimal() else None]
+        words += [f"per {rest['group_size']}" if rest.get("group_size") in ("tensor", "channel") else None, label]
+        words += [rest.get("algorithm") if not entry.get("label") else None]
+        name = entry.get("name") or " ".join(str(word) for word in words if word)
+        yield {**rest, **given, "name": name}
+
+
+def _check_names(row: Row, path: Path) -> None:
+    """Refuse a format that does not exist; a method that does not exist yet fails when its row is run."""
+    if row.is_original:
+        return
+    if row.format not in BUILDERS:
+        raise RecipeError(f"{path}: row {row.name!r}: unknown format {row.format!r}", f"one of {', '.join(BUILDERS)}")
+
+
+def _where(loc: tuple[int | str, ...], rows: list[dict[str, Any]]) -> str:
+    if len(loc) >= 2 and loc[0] == "rows" and isinstance(loc[1], int):
+        field = ".".join(str(part) for part in loc[2:])
+        return f"row {rows[loc[1]].get('name')!r}: {field + ': ' if field else ''}"
+    return f"{'.'.join(str(part) for part in loc)}: " if loc else ""
