@@ -10,12 +10,14 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from compressor.errors import RecipeError, UnsupportedError
-from compressor.formats.base import PackedTensor, QuantFormat
+from compressor.formats.base import PackedTensor, QuantFormat, group_setting
+from compressor.kernels.gpu import kernel as triton
 from compressor.kernels.reference.linear import packed_linear
 
 ENV = "COMPRESS_KERNEL"
@@ -32,7 +34,7 @@ class Problem:
         m: Rows of the activations.
         n: Outputs.
         k: Inputs.
-        group: Inputs per scale; 0 when a whole row shares one.
+        group: Weights per scale; 0 when a whole row of inputs shares one, `n * k` for integers with one in all.
         dtype: Dtype of the activations.
         device: Device type, `cpu` or `cuda`.
         capability: CUDA compute capability; (0, 0) elsewhere.
@@ -49,6 +51,27 @@ class Problem:
     capability: tuple[int, int] = (0, 0)
 
 
+class Prepared(Protocol):
+    """A weight in the layout a kernel reads fastest, made once when it is loaded; what lies on disk never changes."""
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What it keeps in memory, by name."""
+        ...
+
+    def linear(self, x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Return what `Kernel.run` returns for the weight."""
+        ...
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """Return the weight `[out, in]`, decoded in float32 and rounded to `dtype` once."""
+        ...
+
+    def restore(self) -> PackedTensor:
+        """Return the weight as it lies on disk."""
+        ...
+
+
 @dataclass(frozen=True)
 class Kernel:
     """An implementation.
@@ -57,18 +80,23 @@ class Kernel:
         name: What `COMPRESS_KERNEL` and reports call it.
         accepts: Returns None for a problem it can do, else the reason it refuses.
         run: `(x, packed, fmt, bias, dtype) -> Tensor`, as `kernels.reference.linear.packed_linear`.
+        prepare: Lays a weight out for this kernel; None if it reads weights as they lie on disk.
     """
 
     name: str
     accepts: Callable[[Problem], str | None]
     run: Callable[[Tensor, PackedTensor, QuantFormat, Tensor | None, torch.dtype], Tensor]
+    prepare: Callable[[PackedTensor, QuantFormat], Prepared] | None = None
 
 
 def _accepts_all(problem: Problem) -> str | None:
     return None
 
 
-KERNELS: tuple[Kernel, ...] = (Kernel("reference", _accepts_all, packed_linear),)
+KERNELS: tuple[Kernel, ...] = (
+    Kernel("triton", triton.accepts, triton.run, triton.prepare),
+    Kernel("reference", _accepts_all, packed_linear),
+)
 
 
 def pick(problem: Problem) -> Kernel:
@@ -106,7 +134,19 @@ def linear_problem(packed: PackedTensor, fmt: QuantFormat, m: int, dtype: torch.
     """Describe multiplying `[m, in]` activations by a packed weight."""
     n, k = packed.shape
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-    return Problem("linear", packed.format, m, n, k, fmt.group_size or 0, dtype, device.type, capability)
+    group = n * k if group_setting(fmt) == "tensor" else fmt.group_size or 0
+    return Problem("linear", packed.format, m, n, k, group, dtype, device.type, capability)
+
+
+def prepare(packed: PackedTensor, fmt: QuantFormat, dtype: torch.dtype) -> Prepared | None:
+    """Lay a weight out for the kernel that will multiply it by single rows of `dtype` on the device it is on.
+
+    Returns:
+        None if that kernel reads weights as they lie on disk.
+    """
+    device = next(iter(packed.tensors.values())).device
+    kernel = pick(linear_problem(packed, fmt, 1, dtype, device))
+    return None if kernel.prepare is None else kernel.prepare(packed, fmt)
 
 
 def linear(x: Tensor, packed: PackedTensor, fmt: QuantFormat, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

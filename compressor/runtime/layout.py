@@ -168,7 +168,23 @@ def _sort(
 def _check_names(
     model: PreTrainedModel, path: Path, covered: set[str], unexpected: set[str], expected: Mapping[str, Any]
 ) -> None:
-    """Compare what the model needs with what is there; tied parameters count as one."""
+    """Compare what the model needs with what is there."""
+    missing, unexpected = unexplained(model, covered, unexpected, set(expected))
+    if missing or unexpected:
+        raise KeyMismatch(path, missing, unexpected)
+
+
+def unexplained(
+    model: PreTrainedModel, covered: set[str], unexpected: set[str], expected: set[str]
+) -> tuple[set[str], set[str]]:
+    """Return the names that are missing and those that are unexpected for no good reason.
+
+    Args:
+        model: The model; its tied parameters count as one, and it may say that some names can be ignored.
+        covered: Parameters and buffers that are filled.
+        unexpected: Tensors on disk without a place.
+        expected: Parameters and buffers that must be filled.
+    """
     tied: dict[str, set[str]] = {}
     for name, other in model.all_tied_weights_keys.items():
         tied.setdefault(other, {other}).add(name)
@@ -178,9 +194,7 @@ def _check_names(
     ignored = _pattern(model._keys_to_ignore_on_load_unexpected)
     old_buffers = re.compile(r"rotary_emb\.inv_freq$|(^|\.)position_ids$")  # stored by older versions, computed now
     unexpected = {name for name in unexpected if not ignored.search(name) and not old_buffers.search(name)}
-    missing = set(expected) - covered
-    if missing or unexpected:
-        raise KeyMismatch(path, missing, unexpected)
+    return expected - covered, unexpected
 
 
 def _check_experts(

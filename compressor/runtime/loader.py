@@ -82,9 +82,7 @@ def execution_path(model: nn.Module, m: int = 1) -> str:
         return f"dense-{dtype}"
     kernels, formats = set(), set()
     for layer in layers:
-        packed = layer.packed
-        device = next(iter(packed.tensors.values())).device
-        kernels.add(dispatch.pick(dispatch.linear_problem(packed, layer.fmt, m, layer.dtype, device)).name)
+        kernels.add(dispatch.pick(layer.problem(m)).name)
         formats.add(layer.fmt.name)
     return f"{'+'.join(sorted(kernels))}-{dtype} (packed {'+'.join(sorted(formats))})"
 
@@ -216,4 +214,7 @@ def _finish(model: PreTrainedModel, path: Path, device: torch.device) -> PreTrai
     nn.Module.to(model, device)
     nn.Module.eval(model)
     model.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            module.prepare()
     return model

@@ -46,6 +46,8 @@ class PackedLinear(nn.Module):
         self.fmt = fmt
         self.dtype = dtype
         self._suffixes = tuple(packed.tensors)
+        self._prepared: dispatch.Prepared | None = None
+        self._settled = False  # whether the kernel of the device it is on was asked for its layout
         self._steps = tuple(op.describe() for op in inputs)
         stored = dict(packed.tensors)
         for op in inputs:
@@ -59,7 +61,9 @@ class PackedLinear(nn.Module):
 
     @property
     def packed(self) -> PackedTensor:
-        """The weight as it lies on disk; shares memory with the module."""
+        """The weight as it lies on disk; shares memory with the module, unless that has been prepared."""
+        if self._prepared is not None:
+            return self._prepared.restore()
         # Not get_buffer, which would decode a buffer named `weight`.
         buffers = cast(Mapping[str, Tensor], self._buffers)
         tensors = {suffix: buffers[suffix] for suffix in self._suffixes}
@@ -77,10 +81,36 @@ class PackedLinear(nn.Module):
 
     def dequantize(self) -> Tensor:
         """Return the weight, `[out, in]` in the model's dtype."""
+        if self._prepared is not None:
+            return self._prepared.dequantize(self.dtype)
         return dequantize(self.packed, self.fmt, self.dtype)
+
+    def problem(self, m: int) -> dispatch.Problem:
+        """Describe multiplying `m` rows in the model's dtype by this layer where it is."""
+        device = next(t.device for t in self._buffers.values() if t is not None)
+        shell = PackedTensor(self.fmt.name, (self.out_features, self.in_features), {})
+        return dispatch.linear_problem(shell, self.fmt, m, self.dtype, device)
+
+    def prepare(self) -> None:
+        """Lay the weight out for the kernel of the device it is on, once; its bytes as on disk are given up."""
+        if self._settled:
+            return
+        self._settled = True
+        packed = self.packed
+        prepared = dispatch.prepare(packed, self.fmt, self.dtype)
+        if prepared is not None:
+            for suffix in self._suffixes:
+                del self._buffers[suffix]
+            self._prepared = prepared
+            for name, tensor in prepared.tensors.items():
+                self.register_buffer(name, tensor, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `[..., out]` in the dtype of `x` `[..., in]`."""
+        if not torch.compiler.is_compiling():
+            self.prepare()
+        if self._prepared is not None:
+            return self._prepared.linear(apply_ops(self.inputs, x), self.bias, self.dtype)
         return dispatch.linear(apply_ops(self.inputs, x), self.packed, self.fmt, self.bias, self.dtype)
 
     def extra_repr(self) -> str:
@@ -88,7 +118,24 @@ class PackedLinear(nn.Module):
         steps = "".join(f", {step['op']}" for step in self._steps)
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.fmt.name}{steps}"
 
+    def _unprepare(self) -> None:
+        """Put the weight back as it lies on disk."""
+        if self._prepared is not None:
+            packed = self._prepared.restore()
+            for name in self._prepared.tensors:
+                delattr(self, name)
+            self._prepared = None
+            self._buffers.update(packed.tensors)
+        self._settled = False
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._prepared is not None:
+            destination.update({prefix + suffix: t for suffix, t in self._prepared.restore().tensors.items()})
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
+        prepared = self._prepared is not None
+        self._unprepare()
         kept = dict(self._buffers)
         self._buffers.clear()
         nn.Module._apply(self, fn, recurse)
@@ -97,6 +144,8 @@ class PackedLinear(nn.Module):
             # An empty tensor tells where `fn` moves things without letting it convert the bytes.
             probe = fn(torch.empty(0, dtype=tensor.dtype, device=tensor.device))
             self._buffers[name] = tensor.to(probe.device)
+        if prepared:
+            self.prepare()
         return self
 
 

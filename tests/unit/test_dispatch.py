@@ -96,3 +96,15 @@ def test_problems_describe_shape_group_and_device() -> None:
     packed = fmt.pack(fmt.encode(weight, qparams), qparams)
     problem = dispatch.linear_problem(packed, fmt, 7, torch.bfloat16, torch.device("cpu"))
     assert problem == Problem("linear", "int4", 7, 32, 64, 0, torch.bfloat16, "cpu", (0, 0))
+
+
+def test_one_scale_per_matrix_is_no_group_size_a_kernel_could_take_for_another() -> None:
+    fmt = IntFormat(4, None, torch.float32, symmetric=False, per_tensor=True)
+    weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(3))
+    qparams = fmt.fit(weight)
+    packed = fmt.pack(fmt.encode(weight, qparams), qparams)
+    problem = dispatch.linear_problem(packed, fmt, 7, torch.bfloat16, torch.device("cpu"))
+    assert problem == Problem("linear", "int4-asym", 7, 32, 64, 32 * 64, torch.bfloat16, "cpu", (0, 0))
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(4))
+    expected = functional.linear(x, fmt.decode(fmt.encode(weight, qparams), qparams))
+    assert torch.equal(dispatch.linear(x, packed, fmt, None, torch.float32), expected)

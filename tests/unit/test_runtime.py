@@ -65,7 +65,7 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) ->
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("fmt", ["int4", "nvfp4", "mxfp4", "fp8", "fp8-block"])
+@pytest.mark.parametrize("fmt", ["int4", "int4-asym", "nvfp4", "mxfp4", "fp8", "fp8-block"])
 @pytest.mark.parametrize("name", MODELS)
 def test_packed_model_computes_what_the_dequantized_one_does(name: str, fmt: str, tmp_path: Path) -> None:
     model = MODELS[name](17)
@@ -309,6 +309,9 @@ def poisoned(value: float) -> Callable[[Tensor], Tensor]:
         ("int4", lambda t: t.pop(f"{Q_PROJ}.weight_scale"), f"missing: {Q_PROJ}.weight_scale"),
         ("int4", lambda t: t.pop(f"{Q_PROJ}.weight_packed"), f"missing: {Q_PROJ}.weight"),
         ("int4", lambda t: t.update({f"{Q_PROJ}.weight_zero_point": torch.zeros(8, 1)}), "unexpected.*zero_point"),
+        ("int4-asym", lambda t: t.pop(f"{Q_PROJ}.weight_zero_point"), f"missing: {Q_PROJ}.weight_zero_point"),
+        ("int4-asym", replaced(f"{Q_PROJ}.weight_zero_point", lambda t: t.repeat(8, 1)), r"\[64, 1\].*\[8, 1\]"),
+        ("int4-asym", replaced(f"{Q_PROJ}.weight_zero_point", lambda t: t.to(torch.int8)), "is I8"),
         ("int4", lambda t: t.update({f"{Q_PROJ}.input_shift": torch.zeros(64)}), "unexpected.*input_shift"),
         ("int4", lambda t: t.update({f"{Q_PROJ}.weight": torch.zeros(64, 64)}), "both weight and weight_packed"),
         ("int4", replaced(f"{Q_PROJ}.weight_packed", lambda t: t[:, :-1].clone()), r"\[64, 7\].*\[64, 8\]"),

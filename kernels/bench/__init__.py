@@ -1,0 +1,1 @@
+"""Timing the kernels: `python -m compressor.kernels.bench`."""

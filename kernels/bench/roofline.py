@@ -1,0 +1,87 @@
+"""What a linear layer costs at least: bytes over bandwidth, operations over the matrix unit's rate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from compressor.kernels.gpu.layout import CODES
+
+LAYERS: dict[str, tuple[int, int]] = {
+    "7B qkv": (12288, 4096),
+    "7B o": (4096, 4096),
+    "7B gate_up": (22016, 4096),
+    "7B down": (4096, 11008),
+    "70B qkv": (10240, 8192),
+    "70B o": (8192, 8192),
+    "70B gate_up": (57344, 8192),
+    "70B down": (8192, 28672),
+}
+"""Linear layers of Llama's shapes, `[out, in]`, fused as runtimes fuse them."""
+
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A format as the bench runs it.
+
+    Attributes:
+        name: What the table calls it.
+        grid: See `layout.RuntimeWeight`.
+        kind: See `samples.KINDS`.
+        group: Columns per scale; 0 for whole rows.
+        scale_bytes: Bytes of one scale.
+    """
+
+    name: str
+    grid: str
+    kind: str
+    group: int
+    scale_bytes: int
+
+    def weight_bytes(self, n: int, k: int) -> int:
+        """Return the bytes a matrix takes in memory, padding left out."""
+        codes = n * k * (3 if self.grid == "int3" else 32 // CODES[self.grid]) // 8
+        return codes + (n * k // self.group * self.scale_bytes if self.group else 0) + (4 * n if self._has_rows else 0)
+
+    @property
+    def _has_rows(self) -> bool:
+        return self.kind != "group"
+
+
+FORMATS: tuple[Row, ...] = (
+    Row("int4 g128", "int4", "group", 128, 2),
+    Row("int4 g32", "int4", "group", 32, 2),
+    Row("nvfp4", "e2m1", "nvfp4", 16, 1),
+    Row("mxfp4", "e2m1", "mxfp4", 32, 1),
+    Row("e2m1 channel", "e2m1", "channel", 0, 0),
+    Row("e3m0 channel", "e3m0", "channel", 0, 0),
+    Row("int2 g128", "int2", "group", 128, 2),
+    Row("int3 g128", "int3", "group", 128, 2),
+    Row("int8 channel", "int8", "channel", 0, 0),
+)
+
+
+def layer_bytes(weight_bytes: int, m: int, n: int, k: int) -> int:
+    """Return the bytes a product must move: the weight once, 16-bit activations in and out once."""
+    return weight_bytes + 2 * m * (n + k)
+
+
+def floor_seconds(weight_bytes: int, m: int, n: int, k: int, bandwidth: float, rate: float) -> float:
+    """Return the least time of a product, by memory or by arithmetic, whichever is slower.
+
+    Args:
+        weight_bytes: Bytes of the weight.
+        m: Rows of activations.
+        n: Rows of the weight.
+        k: Columns of both.
+        bandwidth: Bytes per second.
+        rate: Operations per second, a multiplication and an addition counting two.
+    """
+    return max(layer_bytes(weight_bytes, m, n, k) / bandwidth, 2 * m * n * k / rate)
+
+
+def ideal_speedup(weight_bytes: int, m: int, n: int, k: int, bandwidth: float, rate: float) -> float:
+    """Return how much faster than a bfloat16 weight a packed one could be."""
+    dense = floor_seconds(2 * n * k, m, n, k, bandwidth, rate)
+    return dense / floor_seconds(weight_bytes, m, n, k, bandwidth, rate)

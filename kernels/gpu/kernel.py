@@ -1,0 +1,91 @@
+"""What dispatch knows of the Triton kernels: when they apply, and weights prepared for them."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from compressor.formats.base import PackedTensor, QuantFormat
+from compressor.kernels.gpu import layout, ops
+from compressor.kernels.gpu.layout import RuntimeWeight
+from compressor.kernels.gpu.prepare import prepare as prepare_layout
+from compressor.kernels.gpu.prepare import restore
+
+if TYPE_CHECKING:
+    from compressor.kernels.dispatch import Problem
+
+OLDEST = (8, 0)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True)
+class TritonWeight:
+    """A weight in the kernels' layout, with the format that can restore its bytes on disk."""
+
+    weight: RuntimeWeight
+    fmt: QuantFormat
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What it keeps in memory, by name; empty ones left out."""
+        names = ("words", "bits", "scale", "zero", "row")
+        pairs = zip(names, self.weight.tensors, strict=True)
+        return {f"runtime_{name}": tensor for name, tensor in pairs if tensor.numel()}
+
+    def linear(self, x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Return `x @ weight.T + bias`; see `ops.linear`."""
+        return ops.linear(x, self.weight, bias, dtype)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """Return the weight `[out, in]`, decoded in float32 and rounded to `dtype` once."""
+        return ops.dense(self.weight, dtype)
+
+    def restore(self) -> PackedTensor:
+        """Return the weight as it lies on disk."""
+        return restore(self.weight, self.fmt)
+
+
+def accepts(problem: Problem) -> str | None:
+    """Return why the Triton kernels cannot do a problem, or None."""
+    if problem.op != "linear":
+        return f"multiplies weights, does no {problem.op!r}"
+    if problem.device != "cuda":
+        return f"runs on CUDA devices, not on {problem.device}"
+    if missing := _missing():
+        return missing
+    if problem.capability < OLDEST:
+        return f"needs compute capability 8.0, the device has {problem.capability[0]}.{problem.capability[1]}"
+    if problem.dtype not in DTYPES:
+        return f"takes float16, bfloat16 and float32 activations, not {problem.dtype}"
+    return layout.refuse(problem.format, problem.k, problem.group)
+
+
+def run(x: Tensor, packed: PackedTensor, fmt: QuantFormat, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Multiply by a weight that has not been prepared; prepares it anew each time."""
+    return ops.linear(x, prepare_layout(packed, fmt), bias, dtype)
+
+
+def prepare(packed: PackedTensor, fmt: QuantFormat) -> TritonWeight:
+    """Lay a weight out for the kernels.
+
+    Raises:
+        UnsupportedError: No kernel reads it.
+        CheckpointError: The tensors are not what the format stores.
+    """
+    weight = prepare_layout(packed, fmt)
+    ops.reserve(weight.words.device)
+    return TritonWeight(weight, fmt)
+
+
+@lru_cache(maxsize=1)
+def _missing() -> str | None:
+    if torch.version.hip is not None:
+        return "is written for CUDA, and this PyTorch is built for ROCm"
+    if importlib.util.find_spec("triton") is None:
+        return "needs Triton, which is not installed"
+    return None

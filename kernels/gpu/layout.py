@@ -1,0 +1,209 @@
+"""The layout in memory that the kernels read, made once from a format's codes and never saved.
+
+Codes become 32-bit words of one row; a word's codes are neighbours along K, and every pair of neighbours lies at the
+same place of both 16-bit halves (`code_bits` is the definition). Rows and columns are padded, so weights are read
+without masks. Scales of 128 columns lie together, N contiguous around them.
+
+Everything commutes with slicing rows, and columns in multiples of 128 and of the group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+CODES = {"int2": 16, "int3": 16, "int4": 8, "int8": 4, "e2m1": 8, "e3m0": 8}
+"""Codes in a word, by grid."""
+
+PAD_ROWS, PAD_COLUMNS = 64, 128
+CHUNK = 128
+"""Columns whose scales lie together."""
+
+_ROWS_AT_ONCE = 4096
+_FLOAT_BITS = {"e2m1": ((0, 3, 6, 9), (13, 12, 15, 14)), "e3m0": ((0, 3, 7, 12), (6, 11, 15, 10))}
+"""Lowest magnitude bit and sign bit of the four pairs: what costs the fewest instructions to unpack for both dtypes."""
+
+_HIGH_BITS = (2, 4, 6, 3, 5, 7, 0, 1)
+"""Where the third bit of the eight pairs of an int3 word lies in its byte."""
+
+
+@dataclass(frozen=True)
+class RuntimeWeight:
+    """A weight `[n, k]` as the kernels read it.
+
+    Attributes:
+        grid: `int2`, `int3`, `int4`, `int8`, `e2m1` or `e3m0`.
+        shape: `(n, k)` without padding.
+        group: Columns per scale; 0 if whole rows share one.
+        scale_kind: `float`, `e4m3`, `e8m0`, or `none` if `group` is 0.
+        row_kind: `none`, `times` or `over`: what `row` is for.
+        words: int32 `[rows, columns / codes per word]`, padded.
+        bits: int16 of the same shape: the third bits of int3; else empty.
+        scale: `[chunks, rows, groups per chunk]`: floats, E4M3 bytes, or E8M0 bytes moved so that a row's largest is
+            254; empty if `group` is 0.
+        zero: float16 of the shape of `scale` (`[1, rows, 1]` if `group` is 0): zero code less zero point; empty for
+            symmetric weights.
+        row: float32 `[rows]`: the row's scale (`times`), its power of two taken out of E8M0 bytes (`times`), or the
+            matrix's divisor (`over`); else empty.
+    """
+
+    grid: str
+    shape: tuple[int, int]
+    group: int
+    scale_kind: str
+    row_kind: str
+    words: Tensor
+    bits: Tensor
+    scale: Tensor
+    zero: Tensor
+    row: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The five tensors, in the order of the attributes."""
+        return (self.words, self.bits, self.scale, self.zero, self.row)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    def to(self, device: torch.device | str) -> RuntimeWeight:
+        """Return the same weight on another device."""
+        return self._with(*(tensor.to(device) for tensor in self.tensors))
+
+    def clone(self) -> RuntimeWeight:
+        """Return a copy with memory of its own."""
+        return self._with(*(tensor.clone() for tensor in self.tensors))
+
+    def _with(self, words: Tensor, bits: Tensor, scale: Tensor, zero: Tensor, row: Tensor) -> RuntimeWeight:
+        return replace(self, words=words, bits=bits, scale=scale, zero=zero, row=row)
+
+
+def groups_per_chunk(group: int) -> int:
+    """Return how many groups' scales of one row lie next to each other."""
+    return CHUNK // group if 0 < group < CHUNK and CHUNK % group == 0 else 1
+
+
+def refuse(name: str, k: int, group: int) -> str | None:
+    """Return why weights of this format have no runtime layout, or None.
+
+    Args:
+        name: The format's name.
+        k: Columns of the weight.
+        group: Columns per scale; 0, or as many as there are, for whole rows; more for one scale in all.
+    """
+    if name in ("nvfp4", "mxfp4", "fp4"):
+        return None
+    grid = name.removesuffix("-asym")
+    if grid not in CODES:
+        return f"no kernel unpacks {name}"
+    if 0 < group < k and group % 16:
+        return f"its groups of {group} inputs are no multiple of 16"
+    return None
+
+
+def code_bits(grid: str) -> tuple[tuple[int, ...], ...]:
+    """Return, for each code of a word, where its bits lie, the lowest first; int3's third bit, at 32 and up, in `bits`.
+
+    Codes `2 * i` and `2 * i + 1` lie 16 bits apart.
+    """
+    places = []
+    for code in range(CODES[grid]):
+        pair, half = divmod(code, 2)
+        if grid in _FLOAT_BITS:
+            magnitude, sign = (bits[pair] for bits in _FLOAT_BITS[grid])
+            inside: tuple[int, ...] = (magnitude, magnitude + 1, magnitude + 2, sign)
+        else:
+            width = 2 if grid == "int3" else int(grid.removeprefix("int"))
+            inside = tuple(range(width * pair, width * (pair + 1)))
+        third = (32 + _HIGH_BITS[pair] + 8 * half,) if grid == "int3" else ()
+        places.append((*(bit + 16 * half for bit in inside), *third))
+    return tuple(places)
+
+
+@lru_cache(maxsize=32)
+def constants(grid: str, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Return what the kernels OR into (integers) or mask with (floats) both halves of a word.
+
+    A code at mantissa bit `p` stands for itself under the exponent of `2**(M - p)`.
+    """
+    mantissa, bias = (7, 127) if dtype == torch.bfloat16 else (10, 15)
+
+    def exponent(power: int) -> int:
+        return (bias + power << mantissa) * 0x10001
+
+    if grid in _FLOAT_BITS:
+        lowest = mantissa - (1 if grid == "e2m1" else 0)
+        # As int32: kernel arguments are signed.
+        return (7 << lowest) * 0x10001, 0x80008000 - (1 << 32), 0
+    if grid == "int4":
+        return exponent(mantissa), exponent(mantissa - 4), 0
+    if grid == "int8":
+        # The second one is minus twice the first.
+        return exponent(mantissa), (exponent(mantissa + 1) | 0x80008000) - (1 << 32), 0
+    return exponent(mantissa), exponent(mantissa - 2), exponent(mantissa - 4)
+
+
+def pack_words(codes: Tensor, grid: str) -> tuple[Tensor, Tensor]:
+    """Pack uint8 codes `[n, k]` into int32 words and, for int3, int16 third bits; both padded with code 0."""
+    rows, columns = (-(-size // pad) * pad for size, pad in zip(codes.shape, (PAD_ROWS, PAD_COLUMNS), strict=True))
+    words = codes.new_zeros((rows, columns // CODES[grid]), dtype=torch.int32)
+    bits = codes.new_zeros(words.shape if grid == "int3" else (0,), dtype=torch.int16)
+    places = code_bits(grid)
+    for start in range(0, codes.shape[0], _ROWS_AT_ONCE):  # a copy of wide integers only of some rows
+        part = codes[start : start + _ROWS_AT_ONCE]
+        lanes = functional.pad(part, (0, columns - codes.shape[1])).unflatten(1, (-1, CODES[grid])).to(torch.int64)
+        stream = torch.zeros_like(lanes[..., 0])  # [rows, words]
+        for lane, where in enumerate(places):
+            for bit, place, width in _runs(where):
+                stream |= (lanes[..., lane] >> bit & (1 << width) - 1) << place
+        words[start : start + len(part)] = _signed(stream & 0xFFFFFFFF, 32).to(torch.int32)
+        if grid == "int3":
+            bits[start : start + len(part)] = _signed(stream >> 32, 16).to(torch.int16)
+    return words, bits
+
+
+def unpack_words(words: Tensor, bits: Tensor, grid: str, shape: tuple[int, int]) -> Tensor:
+    """Return the uint8 codes `[n, k]` of packed words; the inverse of `pack_words`."""
+    n, k = shape
+    codes = words.new_empty(n, words.shape[1], CODES[grid], dtype=torch.uint8)
+    for start in range(0, n, _ROWS_AT_ONCE):
+        rows = slice(start, min(start + _ROWS_AT_ONCE, n))
+        stream = words[rows].to(torch.int64) & 0xFFFFFFFF
+        if grid == "int3":
+            stream |= (bits[rows].to(torch.int64) & 0xFFFF) << 32
+        for lane, where in enumerate(code_bits(grid)):
+            parts = [(stream >> place & (1 << width) - 1) << bit for bit, place, width in _runs(where)]
+            codes[rows, :, lane] = torch.stack(parts).sum(0).to(torch.uint8)
+    return codes.flatten(1)[:, :k].contiguous()
+
+
+def chunked(groups: Tensor, group: int) -> Tensor:
+    """Return `[n, groups]` as the kernels read it, `[chunks, rows, groups per chunk]`, padded with zeros."""
+    per = groups_per_chunk(group)
+    padded = functional.pad(groups, (0, -groups.shape[1] % per, 0, -groups.shape[0] % PAD_ROWS))
+    chunks: Tensor = padded.unflatten(1, (-1, per)).transpose(0, 1).contiguous()
+    return chunks
+
+
+def unchunked(chunks: Tensor, n: int, n_groups: int) -> Tensor:
+    """Return the `[n, n_groups]` that `chunked` was given."""
+    groups: Tensor = chunks.transpose(0, 1).flatten(1)[:n, :n_groups].contiguous()
+    return groups
+
+
+def _runs(where: tuple[int, ...]) -> list[tuple[int, int, int]]:
+    """Return a code's bits as runs that lie together: the first bit, its place, and how many there are."""
+    starts = [bit for bit in range(len(where)) if bit == 0 or where[bit] != where[bit - 1] + 1]
+    return [(bit, where[bit], stop - bit) for bit, stop in pairwise((*starts, len(where)))]
+
+
+def _signed(stream: Tensor, width: int) -> Tensor:
+    """Read unsigned numbers of `width` bits as two's complement."""
+    return torch.where(stream >> (width - 1) == 1, stream - (1 << width), stream)
