@@ -75,7 +75,7 @@ def quantize(
         model: Embedded model name, checkpoint folder, GGUF file, or Hub id (`owner/name[@revision]`).
         method: See `compress list methods`.
         format: See `compress list formats`; None picks the method's default.
-        group_size: Inputs per scale, `"channel"`, or None for the format's default.
+        group_size: Inputs per scale, `"channel"`, `"tensor"`, or None for the format's default.
         output: Folder to write; None means `./<name>-<method>-<format>`.
         data: Calibration text: preset, local file, or Hub dataset.
         n_samples: Windows of calibration text.
@@ -173,6 +173,7 @@ def execute(job: Job, *, force: bool = False, progress: Progress | None = None) 
     with output_files.claimed(job.out, parts, plan.digest, force):
         report = _run(job, plan, calibration, progress)
         report.events = [*events, *report.events]
+        report.files = output_files.file_hashes(job.out)
         report.seconds = time.monotonic() - started
         report.peak_rss = peak_rss()
         write_json(job.out / output_files.REPORT, report.to_json())
@@ -206,6 +207,7 @@ def _run(job: Job, plan: Plan, calibration: CalibrationSet | None, progress: Pro
         versions=versions(),
         rows=rows,
         events=[event for unit in units for event in unit.events],
+        units=[{"name": unit.name, **unit.metrics} for unit in units],
         bytes_before=plan.bytes_before,
         bytes_after=plan.bytes_after,
         bits_per_weight=plan.bits_per_weight,

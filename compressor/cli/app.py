@@ -16,7 +16,7 @@ import click
 import typer
 
 from compressor import __version__
-from compressor.cli import evaluate, generate, listing, quantize
+from compressor.cli import check, evaluate, gate, generate, listing, quantize
 from compressor.cli.render import print_error
 from compressor.errors import CompressorError, RecipeError
 
@@ -29,7 +29,9 @@ app = typer.Typer(
 )
 app.command("quantize")(quantize.quantize)
 app.command("eval")(evaluate.evaluate)
+app.command("gate")(gate.gate)
 app.command("generate")(generate.generate)
+app.command("check")(check.check)
 app.command("list")(listing.listing)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,7 +32,7 @@ def listing(
     if json_:
         print_json({what: chosen})
     else:
-        STDOUT.print(table(what, ["name", ""], [[key, summary] for key, summary in chosen.items()], text=True))
+        STDOUT.print(table(what, ["name", ""], _rows(chosen), text=True))
 
 
 def _entries(what: str) -> dict[str, str]:
@@ -46,6 +47,15 @@ def _entries(what: str) -> dict[str, str]:
     from compressor.checkpoint.default_model import EMBEDDED
 
     return {key: model.summary for key, model in EMBEDDED.items()}
+
+
+def _rows(entries: dict[str, str]) -> list[list[str]]:
+    """Return names and summaries; neighbours that differ in their bits alone share a row."""
+    rows: list[list[str]] = []
+    for summary, names in groupby(entries, key=entries.__getitem__):
+        first, *others = names
+        rows.append([f"{first} ... {others[-1]}" if others else first, summary])
+    return rows
 
 
 def _method(name: str, json_: bool) -> None:

@@ -19,7 +19,7 @@ def quantize(
     model: Annotated[str, typer.Argument(help="Embedded model, checkpoint folder, GGUF file, or Hub id[@revision].")],
     method: Annotated[str, typer.Option("--method", "-m", help="See: compress list methods.")] = "fp4",
     format: Annotated[str | None, typer.Option("--format", "-f", help="See: compress list formats.")] = None,
-    group_size: Annotated[str | None, typer.Option(help="Inputs per scale, or 'channel'.")] = None,
+    group_size: Annotated[str | None, typer.Option(help="Inputs per scale, 'channel' or 'tensor'.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write.", show_default=False)] = None,
     data: Annotated[str, typer.Option(help="Calibration text: preset, .txt, .jsonl, or Hub dataset.")] = "python-docs",
     n_samples: Annotated[int, typer.Option(min=1, max=65_536, help="Windows of calibration text.")] = 32,
@@ -159,7 +159,7 @@ def show_plan(job: Job, as_json: bool) -> None:
         return
     reasons: dict[str, list[int]] = {}
     for layer in plan.layers:
-        entry = reasons.setdefault(layer.format or f"kept: {layer.kept_because}", [0, 0, 0])
+        entry = reasons.setdefault(layer.format or f"kept: {layer.rewritten_because or layer.kept_because}", [0, 0, 0])
         entry[0] += 1
         entry[1] += layer.bytes_before
         entry[2] += layer.bytes_after

@@ -135,7 +135,7 @@ class RichProgress:
 def report_table(report: dict[str, Any]) -> Table:
     """Return the final table of a run."""
     before, after = report["bytes_before"], report["bytes_after"]
-    kept = sum(1 for row in report["rows"] if row["action"] == "kept")
+    kept = sum(1 for row in report["rows"] if row["action"] in ("kept", "rewritten"))
     measured = any(row["output_error"] is not None for row in report["rows"])
     rows = [
         ["weights on disk", f"{size(before)} -> {size(after)} ({before / max(after, 1):.2f}x smaller)"],

@@ -25,8 +25,9 @@ def load(case):
         case["folder"], dtype=getattr(torch, case["dtype"]), output_loading_info=True, **options
     )
     with torch.no_grad():
-        model(torch.zeros(1, 2, dtype=torch.long))  # the reader decompresses on the first forward
+        out = model(torch.tensor([[5, 3]]))  # the reader decompresses on the first forward
     state = {k: v for k, v in model.state_dict().items() if k.endswith(("weight", "proj")) and v.ndim > 1}
+    state["<output>"] = out[0]
     save_file({k: v.clone().contiguous() for k, v in state.items()}, case["out"])
     return {k: sorted(map(str, v)) for k, v in info.items()}
 
@@ -64,6 +65,7 @@ class Loaded:
 
     Attributes:
         weights: Matrices by their name in memory; empty if loading failed.
+        output: Logits (or last hidden states) `[1, 2, ...]` for the tokens 5 and 3; None if loading failed.
         wrong_keys: Missing, unexpected and mismatched names.
         error: What was raised, or None.
     """
@@ -71,6 +73,7 @@ class Loaded:
     weights: dict[str, Tensor]
     wrong_keys: tuple[str, ...]
     error: str | None
+    output: Tensor | None = None
 
 
 def load_stock(cases: dict[str, Case], scratch: Path) -> dict[str, Loaded]:
@@ -89,5 +92,5 @@ def load_stock(cases: dict[str, Case], scratch: Path) -> dict[str, Loaded]:
     for name, answer in json.loads(done.stdout.splitlines()[-1]).items():
         weights = load_file(outs[name]) if answer["error"] is None else {}
         wrong = tuple(f"{kind}: {key}" for kind, keys in answer["info"].items() for key in keys)
-        loaded[name] = Loaded(weights, wrong, answer["error"])
+        loaded[name] = Loaded(weights, wrong, answer["error"], weights.pop("<output>", None))
     return loaded

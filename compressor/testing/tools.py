@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from compressor.testing.models import tiny_tokenizer
 
-CHANGES_BETWEEN_RUNS = ("compress_report.json", "compress_eval.json")
+CHANGES_BETWEEN_RUNS = ("compress_report.json", "compress_eval.json", "compress_eval_baseline.json")
 """Files that hold times and paths; everything else of a result is the same bytes in every run."""
 
 

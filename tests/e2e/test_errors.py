@@ -43,6 +43,8 @@ def check(code: int, err: str, expected: int, words: str, out: Path) -> None:
         (["--method", "fpq"], 2, "unknown method 'fpq'"),
         (["--format", "int44"], 2, "unknown format 'int44'"),
         (["--method", "rtn", "--format", "int4", "--group-size", "48"], 2, "do not divide into groups of 48"),
+        (["--method", "rtn", "--format", "int4", "--group-size", "row"], 2, "nor 'channel' nor 'tensor'"),
+        (["--method", "rtn", "--format", "fp8", "--group-size", "tensor"], 2, "fp8 has one scale per output channel"),
         (["--method", "rtn", "--format", "int4", "--skip", "*.nothing"], 2, "matches no tensor"),
         (["--option", "sweeps"], 2, "is not KEY=VALUE"),
         (["--option", "speed=9"], 2, "unknown option of fp4 'speed'"),
@@ -157,8 +159,8 @@ def test_bug_leaves_a_log_and_one_line(
 def test_eval_refuses(source: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     code, err = call(capsys, monkeypatch, "eval", source.parent / "nowhere", "--baseline", source)
     assert (code, "no such directory" in err) == (4, True)
-    code, err = call(capsys, monkeypatch, "eval", source)
-    assert (code, "name it with --baseline" in err) == (2, True)
+    code, err = call(capsys, monkeypatch, "eval", source, "--tasks", "kl")
+    assert (code, "--baseline" in err) == (2, True)
 
 
 @pytest.mark.parametrize("what", ["methods", "formats", "models"])
@@ -174,6 +176,14 @@ def test_list(what: str) -> None:
             shown = CliRunner().invoke(cli.app, ["list", "methods", name])
             assert shown.exit_code == 0, shown.output
             assert len(shown.stdout.splitlines()) > 5
+
+
+def test_formats_that_differ_in_bits_alone_share_a_row() -> None:
+    shown = CliRunner().invoke(cli.app, ["list", "formats"]).stdout
+    assert "int2 ... int8 " in shown
+    assert "int2-asym ... int8-asym " in shown
+    assert "int4" not in shown
+    assert "int4-asym" in CliRunner().invoke(cli.app, ["list", "formats", "int4-asym"]).stdout
 
 
 def test_exit_code_of_a_real_process(tmp_path: Path) -> None:

@@ -188,8 +188,8 @@ def test_command_line(tmp_path: Path) -> None:
     assert scored.returncode == 0, scored.stderr
     assert "perplexity" in scored.stdout
     result = json.loads((tmp_path / "tiny-fp4-nvfp4" / "compress_eval.json").read_text())
-    assert result["kl"]["value"] > 0
-    assert "packed nvfp4" in result["candidate"]["execution_path"]
+    assert result["tasks"]["kl"]["metrics"]["kl"]["value"] > 0
+    assert "packed nvfp4" in result["model"]["execution_path"]
     said = run_cli("generate", "tiny-fp4-nvfp4", "--prompt", "the cat", "--max-new-tokens", 4, "--json", cwd=tmp_path)
     assert said.returncode == 0, said.stderr
     assert list(json.loads(said.stdout)["texts"]) == ["tiny-fp4-nvfp4"]

@@ -16,9 +16,9 @@ LAYERS = [
     {"recipe", "decision", "plan", "report"},
     {"kernels", "calibration", "checkpoint"},
     {"methods", "runtime"},
-    {"evals", "verify", "runners", "plugin", "environment", "unit", "output"},
+    {"evals", "verify", "runners", "plugin", "environment", "unit", "output", "folding"},
     {"planner", "engine", "estimate", "measure"},
-    {"api"},
+    {"api", "check"},
     {"cli"},
     {"__main__"},
 ]
