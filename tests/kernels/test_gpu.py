@@ -10,8 +10,8 @@ from compressor.kernels.gpu import launch, ops
 from compressor.kernels.gpu.prepare import prepare
 from compressor.kernels.gpu.samples import random_weight
 from compressor.runtime.modules import PackedLinear
-from compressor.testing.models import tiny_llama
 from compressor.testing.kernels import KernelCase, build_weight, check
+from compressor.testing.models import tiny_llama
 
 pytestmark = pytest.mark.gpu
 
