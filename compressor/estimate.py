@@ -10,6 +10,7 @@ from compressor.checkpoint.source import DTYPES
 from compressor.formats import get_format
 from compressor.formats.base import SearchableFormat
 from compressor.methods.base import Method, Stream
+from compressor.methods.reconstruction import LearningOptions
 from compressor.plan import Plan
 from compressor.recipe import CalibrationSpec
 
@@ -32,13 +33,15 @@ def matmul_rate(device: torch.device, size: int = 512) -> float:
 def estimate_seconds(plan: Plan, method: Method, spec: CalibrationSpec, device: torch.device) -> float:
     """Estimate wall time: passes over the calibration samples, their statistics, and the method's own search.
 
-    Good to a factor of two; the search is counted as if it ran at the matmul rate.
+    Good to a factor of two; the search is counted as if it ran at the matmul rate, and learning at that of float32,
+    though bf16 may be faster.
     """
     seconds = plan.bytes_before * SECONDS_PER_BYTE
     if method.stream is Stream.NONE:
         return seconds + 5
     tokens = spec.n_samples * spec.seq_len
     passes = 2 if method.stream is Stream.BOTH else 1
+    options = getattr(method, "options", None)
     operations = 0.0
     widths: dict[str, int] = {}
     for layer in plan.compressed:
@@ -46,7 +49,10 @@ def estimate_seconds(plan: Plan, method: Method, spec: CalibrationSpec, device: 
         rows, columns = layer.ref.matrix
         operations += 2.0 * passes * tokens * rows * columns
         fmt = get_format(layer.format or "", layer.group_size, DTYPES[plan.default_dtype])
-        if isinstance(fmt, SearchableFormat) and fmt.group_size is None:
+        if isinstance(options, LearningOptions):
+            # Forward and backward pass of every sample of every step.
+            operations += 6.0 * options.steps * options.batch * spec.seq_len * rows * columns
+        elif isinstance(fmt, SearchableFormat) and fmt.group_size is None:
             # One scale spans a row, so each of the hundred candidates is judged by the whole second moment.
             operations += 2 * 170.0 * rows * columns * columns
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -173,6 +174,8 @@ class Engine:
         self.streams.drop_all_but(unit.streams)
         errors = [row.error for row in unit.rows if row.error is not None]
         mean = sum(errors) / len(errors) if errors else None
+        if "loss_after" in unit.metrics:  # what a whole block is off by says more than its weights do
+            mean = math.sqrt(unit.metrics["loss_after"])
         for event in unit.events:
             self.progress.event(event)
         self.progress.unit_done(unit.name, mean, seconds)
