@@ -94,7 +94,7 @@ class TestPlainAWQ(MethodConformance):
 
 
 class TestSmoothQuant(MethodConformance):
-    """It makes inputs easier to quantize at the cost of the weights, so it is not held to their error."""
+    """It flattens inputs and looks at no error of the weights, so it is not held to one."""
 
     method = SmoothQuant()
     formats = ("int4", "int8", "nvfp4", "mxfp4", "fp4", "fp8", "fp8-tensor", "fp8-block", "mxfp8", Codebook(4, 32))
