@@ -7,6 +7,7 @@ then depends on the samples alone, not on how many processes shared the work.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,6 +16,9 @@ from torch import Tensor
 
 LANES = 8
 """Number of partial sums. Fixed for good: changing it changes results in the last bit."""
+
+BANDS = 5
+"""Bands that half of a symmetric matrix is computed in."""
 
 
 def lane_of(sample: int, n_samples: int) -> int:
@@ -113,15 +117,28 @@ class SecondMomentSum:
         # max() forgets a NaN that comes second and keeps one that comes first.
         self.max_abs = largest if math.isnan(largest) else max(self.max_abs, largest)
         if self.spec.block is None:
-            self._lane.addmm_(x.T, x)
+            for rows in self._bands():
+                self._lane[rows, rows.start :].addmm_(x[:, rows].T, x[:, rows.start :])
         else:
             blocks = x.unflatten(1, (-1, self.spec.block)).transpose(0, 1)  # [blocks, tokens, block]
             self._lane.baddbmm_(blocks.transpose(1, 2), blocks)
 
     def close_lane(self) -> None:
         """Add the open lane to the total; called once per lane, in lane order."""
+        if self.spec.block is None:
+            for rows in self._bands():
+                self._lane[rows.stop :, rows] = self._lane[rows, rows.stop :].T
         self._total += self._lane
         self._lane.zero_()
+
+    def _bands(self) -> Iterator[slice]:
+        """Yield the rows of a whole matrix in bands; right of its diagonal block, a band is also a band of columns.
+
+        Computing each only from there on saves two fifths of the work.
+        """
+        width = -(-self._lane.shape[0] // BANDS)
+        for first in range(0, self._lane.shape[0], width):
+            yield slice(first, min(first + width, self._lane.shape[0]))
 
     def value(self) -> Tensor:
         """Return `sum x x^T`, `[in, in]` or `[in/block, block, block]`, float32; all lanes must be closed."""

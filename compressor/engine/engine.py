@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from compressor.calibration import kv_cache
+from compressor.calibration import kv_cache, precision
 from compressor.calibration.capture import Capture
 from compressor.calibration.store import Boundary, HiddenStore
+from compressor.checkpoint.attention import as_products
 from compressor.checkpoint.blocks import BlockSequence, Recording, example_inputs
 from compressor.checkpoint.sink import WORK, Journal, Sink
 from compressor.checkpoint.skeleton import Skeleton
@@ -75,7 +76,9 @@ class Engine:
         # A quantized cache is calibrated on real keys and values even if the method needs no data.
         carried = CARRIED[method.stream] or ((FP,) if any(site.format for site in plan.sites) else ())
         hidden = self.work / "hidden"
-        self.streams = Streams(hidden, carried, blocks, tokens if carried else None, self.device)
+        widest = max((fmt.bits for fmt in self._formats.values()), default=0)
+        context = precision.products(self.device, widest)
+        self.streams = Streams(hidden, carried, blocks, tokens if carried else None, self.device, context)
         self.probe_store = HiddenStore(hidden, "probe", self.device)
         self.solver = Solver(method, skeleton, self.format_of, seed)
 
@@ -277,7 +280,8 @@ class Engine:
         """Return a function that shows a method its layers as one block, with what enters and what should leave it."""
 
         def forward(hidden: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-            return self.streams.run(index, hidden, self._as_parameters(weights))
+            with as_products(self.skeleton.model):
+                return self.streams.run(index, hidden, self._as_parameters(weights))
 
         def build(layers: Sequence[tuple[Layer, QuantFormat]]) -> Block:
             fp, compressed = self.streams.stores[FP], self.streams.stores[COMPRESSED]

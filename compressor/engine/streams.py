@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -35,13 +35,20 @@ class Streams:
         blocks: The block sequence; the weights of the block that runs must be loaded.
         tokens: Calibration tokens `[n_samples, seq_len]`; None if no stream is carried.
         device: Where samples are run.
+        products: The context they are run in.
     """
 
     def __init__(
-        self, folder: Path, names: tuple[str, ...], blocks: BlockSequence, tokens: Tensor | None, device: torch.device
+        self,
+        folder: Path,
+        names: tuple[str, ...],
+        blocks: BlockSequence,
+        tokens: Tensor | None,
+        device: torch.device,
+        products: AbstractContextManager[None],
     ) -> None:
         assert tokens is not None or not names, "streams carry calibration tokens"
-        self.blocks, self.tokens, self.device = blocks, tokens, device
+        self.blocks, self.tokens, self.device, self.products = blocks, tokens, device, products
         self.stores = {name: HiddenStore(folder, name, device) for name in names}
         self.recording: Recording | None = None
 
@@ -106,7 +113,9 @@ class Streams:
         store, boundary, count = self.stores[name], before[name], self.n_samples
         with capture.attached() if capture else nullcontext(), torch.no_grad():
             for sample in range(count):
-                yield self.run(index, store.read(boundary, sample))
+                with self.products:
+                    leaving = self.run(index, store.read(boundary, sample))
+                yield leaving
                 lane_ends = sample + 1 == count or lane_of(sample, count) != lane_of(sample + 1, count)
                 if capture and lane_ends:
                     capture.close_lane()

@@ -24,6 +24,7 @@ from compressor.decision import Outcome, Quantized
 from compressor.formats.base import QParams, QuantFormat, grouped
 from compressor.formats.ints import IntFormat
 from compressor.methods.base import Block, Layer, Scope, Stream
+from compressor.methods.grids import clamped
 from compressor.methods.reconstruction import LearningOptions, first_grid, learn
 from compressor.plan import WeightRef
 
@@ -118,4 +119,4 @@ class UpOrDown:
 
     def _clamped(self, z: Tensor) -> Tensor:
         low, high = self.fmt.reach(self.q)
-        return z.clamp(torch.as_tensor(low + 0.5), torch.as_tensor(high - 0.5))
+        return clamped(z, low + 0.5, high - 0.5)

@@ -25,6 +25,7 @@ from compressor.calibration.stats import SecondMoment
 from compressor.decision import Outcome, Quantized
 from compressor.formats.base import QParams, QuantFormat, ScaledFormat, grouped
 from compressor.methods.base import Block, Layer, Scope, Stream
+from compressor.methods.grids import clamped
 from compressor.methods.reconstruction import LearningOptions, first_grid, learn
 from compressor.plan import WeightRef
 
@@ -109,9 +110,8 @@ class Division:
         """Set the gradients of the logarithms; see the top of this file."""
         assert self._last is not None, "value() comes first"
         divided, value, q = self._last
-        low, high = (torch.as_tensor(limit) for limit in self.fmt.reach(q))
         z = grouped(divided, self.fmt.group_size) / self.fmt.steps(q)  # [out, groups, group]
-        inside = z.clamp(low, high).eq_(z).flatten(-2)  # 1 or 0
+        inside = clamped(z, *self.fmt.reach(q)).eq_(z).flatten(-2)  # 1 or 0
         pull = inside.mul_(divided).mul_(gradient)
         moved = grouped(value.mul_(gradient).sub_(pull), self.fmt.group_size).sum(-1, keepdim=True)  # [out, groups, 1]
         self.log_step.grad = moved.sum_to_size(self.log_step.shape)

@@ -84,6 +84,13 @@ def _best_candidates(
     return replace(start, scale=torch.cat(scales).view(start.scale.dtype)), torch.cat(errors)
 
 
+def clamped(z: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
+    """Return `z` clamped to the bounds of a format's `reach`; numbers are many times faster than tensors."""
+    if isinstance(low, Tensor) or isinstance(high, Tensor):
+        return z.clamp(torch.as_tensor(low, device=z.device), torch.as_tensor(high, device=z.device))
+    return z.clamp(low, high)
+
+
 def rows_of(q: QParams, rows: slice) -> QParams:
     """Return the parameters of some rows of a matrix whose scales are `[out, groups]`."""
     zero_point = None if q.zero_point is None else q.zero_point[rows]

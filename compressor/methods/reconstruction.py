@@ -19,6 +19,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from compressor.calibration import precision
 from compressor.decision import Outcome, Quantized
 from compressor.errors import NumericalError
 from compressor.formats.base import QParams, QuantFormat, ScaledFormat
@@ -45,6 +46,9 @@ class LearningOptions(MethodOptions):
     input_mix: float = Field(
         1.0, ge=0, le=1, description="share of input values from the compressed prefix, the rest from the original"
     )
+    balance: float = Field(
+        0.5, ge=0, le=1, description="of tokens in the loss: 0 for plain squared errors, 1 for errors relative to each"
+    )
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="of the block's products while learning; auto: bf16 where processor and bits allow"
     )
@@ -53,6 +57,12 @@ class LearningOptions(MethodOptions):
     def steps(self) -> int:
         """Optimizer steps per block."""
         return {"fast": 50, "balanced": 200, "best": 1000}[self.effort] if self.iters is None else self.iters
+
+    def products(self, device: torch.device, bits: int) -> AbstractContextManager[None]:
+        """Return the context the block's products are computed in; `bits` are those of its widest weight."""
+        if self.precision == "auto":
+            return precision.products(device, bits)
+        return nullcontext() if self.precision == "fp32" else torch.autocast(device.type, dtype=torch.bfloat16)
 
 
 class Rounding(Protocol):
@@ -88,7 +98,7 @@ class Learned:
     """What learning did to a block.
 
     Attributes:
-        start: Mean squared error on the probe samples before, relative to the mean square of the target.
+        start: Weighted squared error on the probe samples before, relative to the weighted square of the target.
         end: The same with the variables that were kept.
         skipped: Steps whose loss was not finite.
         unreached: Weights that no sample used: experts no token was sent to.
@@ -128,8 +138,8 @@ def learn(
     bits = max(fmt.bits for _, fmt in block.layers)
     nearest = {layer.ref.name: _nearest(layer, fmt) for layer, fmt in block.layers}
     decoded = {layer.ref.name: fmt.decode(*nearest[layer.ref.name]) for layer, fmt in block.layers}
-    products = _precision(options, bits, block.device)
-    before = _probe_loss(block, decoded, _spread(block.n_samples, PROBES), products)
+    products = options.products(block.device, bits)
+    before = _probe_loss(block, decoded, _spread(block.n_samples, PROBES), products, options.balance)
     del decoded
     roundings = {layer.ref.name: start(layer, fmt) for layer, fmt in block.layers}
     learned = reconstruct(block, roundings, options, bits, generator)
@@ -174,9 +184,9 @@ def reconstruct(
     Raises:
         NumericalError: The loss is not finite at the start, or `PATIENCE` times in a row.
     """
-    products = _precision(options, bits, block.device)
+    products = options.products(block.device, bits)
     probes = _spread(block.n_samples, PROBES)
-    start = best = _probe_loss(block, _rounded(roundings), probes, products)
+    start = best = _probe_loss(block, _rounded(roundings), probes, products, options.balance)
     if not math.isfinite(start):
         raise NumericalError(f"{block.name}: its rounded output is not finite before learning", "try another format")
     variables = [(variable, rate) for rounding in roundings.values() for variable, rate in rounding.groups]
@@ -206,7 +216,7 @@ def reconstruct(
                     "lower the learning rate with --option lr=..., or use --option precision=fp32",
                 )
         if step + 1 in checks:
-            now = _probe_loss(block, _rounded(roundings), probes, products)
+            now = _probe_loss(block, _rounded(roundings), probes, products, options.balance)
             block.progress(f"{block.name}: step {step + 1} of {options.steps}, loss {now:.3g} of {start:.3g}")
             if now < best:
                 best = now
@@ -236,20 +246,20 @@ def _step(
     """
     weights = {name: rounding.value().requires_grad_() for name, rounding in roundings.items()}
     total = 0.0
-    for sample in samples:
-        hidden, target = block.inputs(sample), block.targets(sample)
-        if options.input_mix < 1:
-            keep = torch.rand(hidden.shape, generator=generator).to(hidden.device) < options.input_mix
-            hidden = torch.where(keep, hidden, block.fp_inputs(sample))
-        unit = max(start * float(target.square().sum()) * len(samples), torch.finfo(torch.float32).tiny)
-        with torch.enable_grad():
-            with products:
-                leaving = block.forward(hidden, weights)
-            loss = (leaving.float() - target).square().sum() / unit
+    with torch.enable_grad(), products:  # around all samples: autocast then converts every weight once
+        for sample in samples:
+            hidden, target = block.inputs(sample), block.targets(sample)
+            if options.input_mix < 1:
+                keep = torch.rand(hidden.shape, generator=generator).to(hidden.device) < options.input_mix
+                hidden = torch.where(keep, hidden, block.fp_inputs(sample))
+            weight = _token_weights(target, options.balance)
+            size = float(target.square().mul_(weight).sum())
+            unit = max(start * size * len(samples), torch.finfo(torch.float32).tiny)
+            loss = (block.forward(hidden, weights).float() - target).square().mul(weight).sum() / unit
             if not torch.isfinite(loss):
                 return math.nan
             loss.backward()
-        total += float(loss.detach())
+            total += float(loss.detach())
     for name, rounding in roundings.items():
         gradient = weights[name].grad
         if gradient is None:  # an expert that got no token at all
@@ -266,25 +276,33 @@ def _rounded(roundings: Mapping[str, Rounding]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _probe_loss(
-    block: Block, weights: Mapping[str, Tensor], probes: list[int], products: AbstractContextManager[None]
+    block: Block,
+    weights: Mapping[str, Tensor],
+    probes: list[int],
+    products: AbstractContextManager[None],
+    balance: float,
 ) -> float:
-    """Return the mean squared error on the probe samples, relative to the mean square of the target."""
+    """Return the weighted squared error on the probe samples, relative to the weighted square of the target."""
     error = size = 0.0
     for sample in probes:
         target = block.targets(sample)
+        weight = _token_weights(target, balance)
         with products:
             leaving = block.forward(block.inputs(sample), weights)
-        error += float((leaving.float() - target).square().sum(dtype=torch.float64))
-        size += float(target.square().sum(dtype=torch.float64))
+        error += float((leaving.float() - target).square_().mul_(weight).sum(dtype=torch.float64))
+        size += float(target.square().mul_(weight).sum(dtype=torch.float64))
     return error / size if size else error
 
 
-def _precision(options: LearningOptions, bits: int, device: torch.device) -> AbstractContextManager[None]:
-    """Return the context the block's products are computed in."""
-    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
-    if options.precision == "fp32" or (options.precision == "auto" and (bits > 4 or not fast)):
-        return nullcontext()
-    return torch.autocast(device.type, dtype=torch.bfloat16)
+def _token_weights(target: Tensor, balance: float) -> Tensor:
+    """Return how much every token's squared error counts, float32 `[..., 1]`: `size**(-2 * balance)`.
+
+    A few tokens of a language model, the first one above all, are a thousand times larger than the others. With plain
+    squared errors they are all that is learned, as far as rounding can be; with relative ones they are one token among
+    hundreds, although all others attend to them.
+    """
+    power = target.square().mean(-1, keepdim=True)
+    return power.div_(power.mean().clamp_(min=1e-30)).clamp_(min=1e-6).pow_(-balance)
 
 
 def _spread(n_samples: int, count: int) -> list[int]:

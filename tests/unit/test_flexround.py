@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,9 +15,10 @@ from compressor.formats.ints import IntFormat
 from compressor.formats.mxfp4 import MXFP4
 from compressor.formats.nvfp4 import NVFP4
 from compressor.methods.adaround import AdaRound, AdaRoundOptions
+from compressor.methods.base import Block
 from compressor.methods.flexround import Division, FlexRound, FlexRoundOptions
 from compressor.testing.blocks import block_of, residual_mlp
-from compressor.testing.layers import fused_layers, heavy_tailed_weights, quantized
+from compressor.testing.layers import correlated_inputs, fused_layers, heavy_tailed_weights, quantized
 
 EXACT = torch.float32
 
@@ -153,8 +156,11 @@ def test_what_is_stored_is_what_was_learned(fmt: ScaledFormat) -> None:
     weights = {name: fmt.decode(quantized(d).codes, quantized(d).qparams) for name, d in outcome.decisions.items()}
     error = size = 0.0
     for sample in (0, 2, 4, 6):  # the probes of eight samples
-        error += float((block.forward(block.inputs(sample), weights) - block.targets(sample)).square().sum())
-        size += float(block.targets(sample).square().sum())
+        target = block.targets(sample)
+        token = target.norm(dim=-1, keepdim=True) / target.norm()  # every token's size, in units that are the sample's
+        scale = token * target.shape[:-1].numel() ** 0.5
+        error += float(((block.forward(block.inputs(sample), weights) - target).square() / scale).sum())
+        size += float((target.square() / scale).sum())
     assert error / size == pytest.approx(outcome.metrics["loss_after"], rel=1e-6)
 
 
@@ -201,3 +207,39 @@ def test_learning_rate_zero_points_stay() -> None:
     assert decision.qparams.zero_point is not None
     assert torch.equal(decision.qparams.zero_point, start)
     assert math.isfinite(outcome.metrics["loss_after"])
+
+
+def test_balance_keeps_one_loud_token_from_taking_over() -> None:
+    """One token a thousand times larger than the others: plain squared errors see nothing else."""
+    errors = {}
+    for balance in (0.0, 0.5):
+        weights = [heavy_tailed_weights(48, 64, 3, 0.08)]
+        block = loud_token(block_of(IntFormat(3, 16, torch.bfloat16), weights, correlated_inputs(64, 1024, 3)))
+        options = FlexRoundOptions(iters=60, precision="fp32", balance=balance)
+        outcome = FlexRound(options).solve_block(block, torch.Generator().manual_seed(0))
+        decided = {
+            layer.ref.name: fmt.decode(quantized(d).codes, quantized(d).qparams)
+            for (layer, fmt), d in zip(block.layers, outcome.decisions.values(), strict=True)
+        }
+        quiet = [
+            (block.forward(block.inputs(sample), decided) - block.targets(sample))[0, 1:].square().sum()
+            for sample in range(block.n_samples)
+        ]
+        errors[balance] = float(torch.stack(quiet).sum())
+    assert errors[0.5] < 0.8 * errors[0.0], errors
+
+
+def loud_token(block: Block) -> Block:
+    """Return the block with the first token of every sample scaled up."""
+
+    def scaled(states: Callable[[int], Tensor]) -> Callable[[int], Tensor]:
+        def read(sample: int) -> Tensor:
+            hidden = states(sample).clone()
+            hidden.view(-1, hidden.shape[-1])[0] *= 1000
+            return hidden
+
+        return read
+
+    inputs = scaled(block.inputs)
+    original = {layer.ref.name: layer.weight for layer, _ in block.layers}
+    return replace(block, inputs=inputs, fp_inputs=inputs, targets=lambda s: block.forward(inputs(s), original))

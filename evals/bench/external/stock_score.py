@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 ROWS = 128
 """Rows of logits that are turned into probabilities at once."""
@@ -57,8 +57,12 @@ def main() -> None:
 
 
 def load(folder: str) -> Any:
-    """Load a causal language model in float32."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    """Load a causal language model in float32, packed weights dequantized: NVFP4 and MXFP4 run packed in bfloat16."""
+    config = json.loads((Path(folder) / "config.json").read_text())
+    how: dict[str, Any] = {}
+    if config.get("quantization_config", {}).get("quant_method") == "compressed-tensors":
+        how["quantization_config"] = CompressedTensorsConfig(dequantize=True)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **how).eval()
 
 
 @torch.no_grad()
