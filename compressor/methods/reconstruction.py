@@ -98,7 +98,7 @@ class Learned:
     """What learning did to a block.
 
     Attributes:
-        start: Weighted squared error on the probe samples before, relative to the weighted square of the target.
+        start: Weighted squared error before, relative to the weighted square of the target; mean of the probe samples.
         end: The same with the variables that were kept.
         skipped: Steps whose loss was not finite.
         unreached: Weights that no sample used: experts no token was sent to.
@@ -282,27 +282,29 @@ def _probe_loss(
     products: AbstractContextManager[None],
     balance: float,
 ) -> float:
-    """Return the weighted squared error on the probe samples, relative to the weighted square of the target."""
-    error = size = 0.0
+    """Return the mean over the probe samples of the weighted squared error, relative to the weighted square."""
+    total = 0.0
     for sample in probes:
         target = block.targets(sample)
         weight = _token_weights(target, balance)
         with products:
             leaving = block.forward(block.inputs(sample), weights)
-        error += float((leaving.float() - target).square_().mul_(weight).sum(dtype=torch.float64))
-        size += float(target.square().mul_(weight).sum(dtype=torch.float64))
-    return error / size if size else error
+        error = float((leaving.float() - target).square_().mul_(weight).sum(dtype=torch.float64))
+        size = float(target.square().mul_(weight).sum(dtype=torch.float64))
+        total += error / size if size else error
+    return total / len(probes)
 
 
 def _token_weights(target: Tensor, balance: float) -> Tensor:
-    """Return how much every token's squared error counts, float32 `[..., 1]`: `size**(-2 * balance)`.
+    """Return how much every token's squared error counts, float32 `[..., 1]`: as `size**(-2 * balance)`, at most 1.
 
     A few tokens of a language model, the first one above all, are a thousand times larger than the others. With plain
     squared errors they are all that is learned, as far as rounding can be; with relative ones they are one token among
     hundreds, although all others attend to them.
     """
     power = target.square().mean(-1, keepdim=True)
-    return power.div_(power.mean().clamp_(min=1e-30)).clamp_(min=1e-6).pow_(-balance)
+    least = power.min().clamp_(min=1e-6 * float(power.mean()))
+    return (least / power.clamp_(min=least)).nan_to_num_(nan=1.0).pow_(balance)  # 0 / 0 where all is zero
 
 
 def _spread(n_samples: int, count: int) -> list[int]:
