@@ -15,6 +15,8 @@ Learned with the soft `What`, so what is measured on the way is the loss of valu
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -25,7 +27,8 @@ from compressor.formats.base import QParams, QuantFormat, grouped
 from compressor.formats.ints import IntFormat
 from compressor.methods.base import Block, Layer, Scope, Stream
 from compressor.methods.grids import clamped
-from compressor.methods.reconstruction import LearningOptions, first_grid, learn
+from compressor.methods.reconstruction import LearningOptions, learn
+from compressor.methods.starts import from_grids
 from compressor.plan import WeightRef
 
 _LOW, _HIGH = -0.1, 1.1
@@ -35,6 +38,7 @@ _LOW, _HIGH = -0.1, 1.1
 class AdaRoundOptions(LearningOptions):
     """Options of AdaRound."""
 
+    start: Literal["mse", "minmax"] = Field("mse", description="grid: mse (clipped) or minmax")
     lr: float | None = Field(None, gt=0, le=10, description="learning rate of V; if unset 10 / iterations")
     regularizer: float = Field(10.0, ge=0, description="lambda, in units of the reconstruction loss at the start")
     warmup: float = Field(0.2, ge=0, lt=1, description="share of the iterations without that term")
@@ -67,9 +71,11 @@ class AdaRound:
     def solve_block(self, block: Block, generator: torch.Generator) -> Outcome:
         """Learn all roundings of the block together."""
 
+        starts = from_grids(block, clip=self.options.start == "mse")
+
         def start(layer: Layer, fmt: QuantFormat) -> UpOrDown:
             assert isinstance(fmt, IntFormat)
-            return UpOrDown(layer, fmt, first_grid(layer, fmt, self.options), self.options)
+            return UpOrDown(*starts[layer.ref.name], fmt, self.options)
 
         return learn(block, start, self.options, generator)
 
@@ -77,7 +83,7 @@ class AdaRound:
 class UpOrDown:
     """The variables of one weight."""
 
-    def __init__(self, layer: Layer, fmt: IntFormat, q: QParams, options: AdaRoundOptions) -> None:
+    def __init__(self, layer: Layer, q: QParams, fmt: IntFormat, options: AdaRoundOptions) -> None:
         self.fmt, self.q, self.options = fmt, q, options
         self.steps = fmt.steps(q)  # [out, groups, 1]
         z = grouped(layer.weight, fmt.group_size) / self.steps

@@ -17,6 +17,9 @@ A weight may move by several codes; weights of larger magnitude move further.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Literal
+
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -26,13 +29,17 @@ from compressor.decision import Outcome, Quantized
 from compressor.formats.base import QParams, QuantFormat, ScaledFormat, grouped
 from compressor.methods.base import Block, Layer, Scope, Stream
 from compressor.methods.grids import clamped
-from compressor.methods.reconstruction import LearningOptions, first_grid, learn
+from compressor.methods.reconstruction import LearningOptions, learn
+from compressor.methods.starts import from_gptq, from_grids
 from compressor.plan import WeightRef
 
 
 class FlexRoundOptions(LearningOptions):
     """Options of FlexRound."""
 
+    start: Literal["gptq", "mse", "minmax"] = Field(
+        "gptq", description="before learning: what gptq makes of the layers, or grids: mse (clipped), minmax"
+    )
     lr: float | None = Field(None, ge=0, le=1, description="learning rate of the logarithms; if unset 0.16 / 2**bits")
     lr_scale: float | None = Field(None, ge=0, le=1, description="learning rate of the grid size; lr if unset")
     row_divisor: bool = Field(True, description="learn s3, one divisor per output channel")
@@ -51,8 +58,8 @@ class FlexRound:
         self.options = options or FlexRoundOptions()
 
     def stats(self, fmt: QuantFormat) -> tuple[SecondMoment, ...]:
-        """Return the second moment."""
-        return ()
+        """Return the second moment, if GPTQ makes the start."""
+        return (SecondMoment(),) if self.options.start == "gptq" else ()
 
     def refuse(self, ref: WeightRef, fmt: QuantFormat) -> str | None:
         """Refuse formats whose grid does not stretch with a step."""
@@ -63,24 +70,30 @@ class FlexRound:
     def solve_block(self, block: Block, generator: torch.Generator) -> Outcome:
         """Learn all roundings of the block together."""
 
+        if self.options.start == "gptq":
+            starts, events = from_gptq(block, generator)
+        else:
+            starts, events = from_grids(block, clip=self.options.start == "mse"), ()
+
         def start(layer: Layer, fmt: QuantFormat) -> Division:
             assert isinstance(fmt, ScaledFormat)
-            return Division(layer, fmt, first_grid(layer, fmt, self.options), self.options)
+            return Division(*starts[layer.ref.name], fmt, self.options)
 
-        return learn(block, start, self.options, generator)
+        outcome = learn(block, start, self.options, generator)
+        return replace(outcome, events=(*events, *outcome.events))
 
 
 class Division:
     """The variables of one weight, as logarithms.
 
     Args:
-        layer: The layer.
-        fmt: Its format.
+        layer: The layer, with the weight it starts from.
         q: The grid it starts from.
+        fmt: Its format.
         options: Learning rates.
     """
 
-    def __init__(self, layer: Layer, fmt: ScaledFormat, q: QParams, options: FlexRoundOptions) -> None:
+    def __init__(self, layer: Layer, q: QParams, fmt: ScaledFormat, options: FlexRoundOptions) -> None:
         self.weight, self.fmt, self.q = layer.weight, fmt, q
         self.log_step = fmt.steps(q).log()  # s1 [out, groups, 1]
         self.log_divisor = torch.zeros_like(layer.weight)  # S2 [out, in]

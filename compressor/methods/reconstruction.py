@@ -22,9 +22,8 @@ from torch import Tensor
 from compressor.calibration import precision
 from compressor.decision import Outcome, Quantized
 from compressor.errors import NumericalError
-from compressor.formats.base import QParams, QuantFormat, ScaledFormat
+from compressor.formats.base import QParams, QuantFormat
 from compressor.methods.base import Block, Layer, MethodOptions
-from compressor.methods.grids import mse_clip
 
 PROBES = 4
 """Calibration samples whose loss decides which variables are kept."""
@@ -41,7 +40,6 @@ class LearningOptions(MethodOptions):
     )
     iters: int | None = Field(None, ge=0, le=100_000, description="optimizer steps per block; effort decides if unset")
     batch: int = Field(2, ge=1, le=64, description="calibration samples per step")
-    start: Literal["minmax", "mse"] = Field("mse", description="grid before learning: minmax, or mse (clipped)")
     checks: int = Field(4, ge=1, le=100, description="times the loss on a fixed subset decides which variables to keep")
     input_mix: float = Field(
         1.0, ge=0, le=1, description="share of input values from the compressed prefix, the rest from the original"
@@ -108,12 +106,6 @@ class Learned:
     end: float
     skipped: int
     unreached: tuple[str, ...]
-
-
-def first_grid(layer: Layer, fmt: ScaledFormat, options: LearningOptions) -> QParams:
-    """Return the grid learning starts from."""
-    q = layer.fit(fmt)
-    return q if options.start == "minmax" else mse_clip(layer.weight, fmt, q)
 
 
 def learn(

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from compressor.calibration.stats import SecondMoment
 from compressor.formats.base import QuantFormat
 from compressor.methods.base import Block
 from compressor.testing.layers import correlated_inputs, fused_layers, heavy_tailed_weights
@@ -30,7 +31,7 @@ def block_of(fmt: QuantFormat, weights: Sequence[Tensor], x: Tensor, shift: floa
     def forward(hidden: Tensor, params: Mapping[str, Tensor]) -> Tensor:
         return torch.cat([F.linear(hidden, weight) for weight in params.values()], -1)
 
-    return _block(fmt, weights, x, forward, shift)
+    return _block(fmt, weights, x, forward, [_same] * len(weights), shift)
 
 
 def residual_mlp(fmt: QuantFormat, seed: int = 0, width: int = 48, hidden: int = 128, tokens: int = 1024) -> Block:
@@ -49,11 +50,36 @@ def residual_mlp(fmt: QuantFormat, seed: int = 0, width: int = 48, hidden: int =
         first, second = params.values()
         return x + F.linear(F.gelu(F.linear(F.layer_norm(x, (width,)), first)), second)
 
-    return _block(fmt, weights, correlated_inputs(width, tokens, seed), forward, 0.0)
+    def normed(x: Tensor) -> Tensor:
+        return F.layer_norm(x, (width,))
+
+    def middle(x: Tensor) -> Tensor:
+        return F.gelu(F.linear(normed(x), weights[0]))
+
+    return _block(fmt, weights, correlated_inputs(width, tokens, seed), forward, [normed, middle], 0.0)
 
 
-def _block(fmt: QuantFormat, weights: Sequence[Tensor], x: Tensor, forward: Forward, shift: float) -> Block:
-    layers = [fused_layers((), fmt, [weight], x[:0])[0] for weight in weights]
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+def _block(
+    fmt: QuantFormat,
+    weights: Sequence[Tensor],
+    x: Tensor,
+    forward: Forward,
+    reads: Sequence[Callable[[Tensor], Tensor]],
+    shift: float,
+) -> Block:
+    """Return the block; `reads` says what each layer reads when `x` enters."""
+    rng = torch.Generator().manual_seed(1)
+    samples = [part[None] for part in x.chunk(SAMPLES)]
+    shifted = [part + shift * part.std() * torch.randn(part.shape, generator=rng) for part in samples]
+    entering = torch.cat(shifted, 1)[0]
+    layers = [
+        fused_layers((SecondMoment(),), fmt, [weight], read(entering))[0]
+        for weight, read in zip(weights, reads, strict=True)
+    ]
     named = []
     shared = fmt.fit_global(weights)
     for index, layer in enumerate(layers):
@@ -70,11 +96,8 @@ def _block(fmt: QuantFormat, weights: Sequence[Tensor], x: Tensor, forward: Forw
             name,
             name,
         )
-        named.append(type(layer)(ref, layer.weight, shared, {}))
+        named.append(type(layer)(ref, layer.weight, shared, layer.stats))
     original = {layer.ref.name: layer.weight for layer in named}
-    rng = torch.Generator().manual_seed(1)
-    samples = [part[None] for part in x.chunk(SAMPLES)]
-    shifted = [part + shift * part.std() * torch.randn(part.shape, generator=rng) for part in samples]
     with torch.no_grad():
         targets = [forward(part, original) for part in samples]
     return Block(
