@@ -26,6 +26,7 @@ from compressor.engine import Engine
 from compressor.environment import load_tokenizer, pick_device, versions
 from compressor.errors import CompressorError, RecipeError, VerificationError
 from compressor.formats import get_format, parse_group_size
+from compressor.formats.activations import get_input_format
 from compressor.methods import get_method
 from compressor.methods.base import Method, Stream
 from compressor.plan import Plan, digest
@@ -55,11 +56,13 @@ def quantize(
     method: str = "fp4",
     format: str | None = None,
     group_size: int | str | None = None,
+    inputs: str | None = None,
     output: str | Path | None = None,
     data: str = "python-docs",
     n_samples: int = 32,
     seq_len: int = 512,
     skip: Sequence[str] = (),
+    skip_inputs: Sequence[str] = (),
     overrides: Mapping[str, str] | None = None,
     kv_cache: Literal["fp8"] | None = None,
     options: Mapping[str, Any] | None = None,
@@ -76,11 +79,14 @@ def quantize(
         method: See `compress list methods`.
         format: See `compress list formats`; None picks the method's default.
         group_size: Inputs per scale, `"channel"`, `"tensor"`, or None for the format's default.
-        output: Folder to write; None means `./<name>-<method>-<format>`.
+        inputs: Format the inputs of layers are rounded to (`"int8-token"`, `"fp8-tensor"`, `"nvfp4"`, ...), or None;
+            see `compress list inputs`.
+        output: Folder to write; None means `./<name>-<method>-<format>[-<inputs>]`.
         data: Calibration text: preset, local file, or Hub dataset.
         n_samples: Windows of calibration text.
         seq_len: Tokens per window.
         skip: Globs of tensors that stay dense; wins over `overrides`.
+        skip_inputs: Globs of layers whose inputs stay in floating point.
         overrides: Glob -> format (`"int8"`, `"int8:channel"`) of tensors that get another one; the last match wins.
         kv_cache: Store scales for an FP8 key/value cache.
         options: Options of the method.
@@ -99,6 +105,8 @@ def quantize(
         options=dict(options or {}),
         format=format,
         group_size=None if group_size is None else str(group_size),
+        inputs=inputs,
+        skip_inputs=tuple(skip_inputs),
         overrides=make_overrides(overrides or {}, skip),
         kv_cache=kv_cache,
         calibration=CalibrationSpec(data=data, n_samples=n_samples, seq_len=seq_len),
@@ -111,7 +119,8 @@ def quantize(
 
 def needs_data(method: Method, recipe: Recipe) -> bool:
     """Return whether a run looks at calibration data."""
-    return method.stream is not Stream.NONE or recipe.kv_cache is not None
+    static = recipe.inputs is not None and get_input_format(recipe.inputs).static
+    return method.stream is not Stream.NONE or recipe.kv_cache is not None or static
 
 
 def make_overrides(formats: Mapping[str, str], skip: Sequence[str]) -> tuple[Override, ...]:
@@ -130,6 +139,8 @@ def prepare(recipe: Recipe, out: Path | None = None, *, device: str = "auto", fo
         CompressorError: Anything that can be known to be wrong before reading weights.
     """
     method = get_method(recipe.method, recipe.options)
+    if recipe.inputs is not None:
+        get_input_format(recipe.inputs)
     for name, group_size in [(recipe.format, recipe.group_size), *((o.format, o.group_size) for o in recipe.overrides)]:
         if name is not None:
             get_format(name, parse_group_size(name, group_size), torch.bfloat16)
@@ -140,15 +151,15 @@ def prepare(recipe: Recipe, out: Path | None = None, *, device: str = "auto", fo
     skeleton = Skeleton.build(path, pick_device(device), recipe.trust_remote_code)
     blocks = BlockSequence.find(skeleton.model)
     plan = make_plan(recipe, source, skeleton, blocks)
+    resolved = recipe.model_copy(update={"format": plan.format, "inputs": plan.inputs})
     if out is None:
-        out = default_output(recipe, plan.format)
+        out = default_output(resolved, plan.format)
         output_files.check_output(out, force)
     limit = getattr(skeleton.model.config.get_text_config(), "max_position_embeddings", None)
     if needs_data(method, recipe) and limit and recipe.calibration.seq_len > limit:
         raise RecipeError(
             f"--seq-len {recipe.calibration.seq_len}: the model reads at most {limit} tokens", f"use --seq-len {limit}"
         )
-    resolved = recipe.model_copy(update={"format": plan.format})
     return Job(resolved, out, source, skeleton, blocks, method, plan)
 
 
@@ -288,7 +299,7 @@ def digest_parts(job: Job, calibration: CalibrationSet | None) -> dict[str, Any]
 
 
 def default_output(recipe: Recipe, format_name: str) -> Path:
-    """Return `./<name>-<method>-<format>`."""
+    """Return `./<name>-<method>-<format>`, and the format of inputs behind it if they are rounded."""
     name = Path(recipe.model.partition("@")[0]).resolve().name.removesuffix(".gguf")
     name = re.sub(r"[^\w.-]+", "-", name)
-    return Path(f"{name}-{recipe.method}-{format_name}")
+    return Path("-".join([name, recipe.method, format_name, *([recipe.inputs] if recipe.inputs else [])]))

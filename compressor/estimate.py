@@ -8,8 +8,11 @@ import torch
 
 from compressor.checkpoint.source import DTYPES
 from compressor.formats import get_format
+from compressor.formats.activations import get_input_format
 from compressor.formats.base import SearchableFormat
+from compressor.formats.small_floats import SPLITS
 from compressor.methods.base import Method, Stream
+from compressor.methods.fp4 import FP4Options
 from compressor.methods.reconstruction import LearningOptions
 from compressor.plan import Plan
 from compressor.recipe import CalibrationSpec
@@ -37,10 +40,11 @@ def estimate_seconds(plan: Plan, method: Method, spec: CalibrationSpec, device: 
     though bf16 may be faster.
     """
     seconds = plan.bytes_before * SECONDS_PER_BYTE
-    if method.stream is Stream.NONE:
+    ranges = any(layer.ranges for layer in plan.compressed)  # two passes more: to measure them, and with rounding
+    if method.stream is Stream.NONE and not ranges:
         return seconds + 5
     tokens = spec.n_samples * spec.seq_len
-    passes = 2 if method.stream is Stream.BOTH else 1
+    passes = {Stream.NONE: 0, Stream.BOTH: 2}.get(method.stream, 1) + 2 * ranges
     options = getattr(method, "options", None)
     operations = 0.0
     widths: dict[str, int] = {}
@@ -49,7 +53,13 @@ def estimate_seconds(plan: Plan, method: Method, spec: CalibrationSpec, device: 
         rows, columns = layer.ref.matrix
         operations += 2.0 * passes * tokens * rows * columns
         fmt = get_format(layer.format or "", layer.group_size, DTYPES[plan.default_dtype])
-        if isinstance(options, LearningOptions):
+        if isinstance(options, FP4Options) and layer.inputs and get_input_format(layer.inputs).searched:
+            splits = len(SPLITS[get_input_format(layer.inputs).bits])
+            step = splits * options.points * 2.0 * options.tokens * rows * columns
+            operations += options.rounds * (step + 3 * 170.0 * rows * columns * columns)
+        elif method.stream is Stream.NONE:
+            continue
+        elif isinstance(options, LearningOptions):
             # Forward and backward pass of every sample of every step.
             operations += 6.0 * options.steps * options.batch * spec.seq_len * rows * columns
         elif isinstance(fmt, SearchableFormat) and fmt.group_size is None:

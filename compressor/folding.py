@@ -6,13 +6,14 @@ by float noise only; a check on one sample makes sure of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from compressor.calibration.capture import Capture
+from compressor.calibration.stats import Accumulator
 from compressor.checkpoint.skeleton import Skeleton
 from compressor.decision import Outcome
 from compressor.errors import NumericalError
@@ -82,18 +83,34 @@ class Folding:
             storable=lambda c: self._producer(fold).storable(c),
         )
         chosen = self.method.fold(site)
-        c = chosen.c
+        c, shift = chosen.c, chosen.shift
         assert c.shape == (fold.channels,), f"{fold.name}: {tuple(c.shape)} factors for {fold.channels} channels"
         if not (torch.isfinite(c).all() and (c > 0).all()):
             raise NumericalError(f"{fold.name}: its factors are not positive", "leave its readers out with --skip")
-        if (c == 1).all():
-            return chosen.events
-        self._divide_producer(fold, c)
-        for reader in fold.readers:
-            self._values(reader).mul_(c)
-        for total in statistics.values():
-            total.divide(c)
+        if (c != 1).any():
+            self._divide_producer(fold, c)
+            for reader in fold.readers:
+                self._values(reader).mul_(c)
+            for total in statistics.values():
+                total.divide(c)
+        if shift is not None:
+            self._shift(fold, shift / c, statistics.values())
         return chosen.events
+
+    def _shift(self, fold: Fold, z: Tensor, statistics: Iterable[Accumulator]) -> None:
+        """Subtract `z` `[channels]` from what a norm gives; its readers' biases make up for it."""
+        assert fold.bias is not None, fold.name
+        assert fold.shifted, fold.name
+        self._add(fold.bias, -z)
+        for reader, bias in zip(fold.readers, fold.shifted, strict=True):
+            self._add(bias, (self._values(reader).double() @ z.double()).float())
+        for total in statistics:
+            total.subtract(z)
+
+    def _add(self, name: str, change: Tensor) -> None:
+        stored = (self._stored(name) + change).to(self.tensors[name].dtype)
+        self._values(name).copy_(stored)
+        self._rewrites[name] = stored.to(self.tensors[name].device)
 
     def _producer(self, fold: Fold) -> Producer:
         dense = [name for name in (fold.scaled, fold.bias) if name and not self.layers[name].format]

@@ -2,19 +2,26 @@
 
 Methods that treat activations (LLM-FP4's power-of-two offsets, OutlierTune's shift, EAQuant's rotation) express
 themselves as these operations; the loader stores and restores them, kernels may fuse them, and `apply` below is what
-any fused version must equal. Weight-only methods leave the list empty.
+any fused version must equal. Weight-only results leave the list empty.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from compressor.errors import CheckpointError
+from compressor.formats.activations import GLOBAL_SCALE, INPUT_FORMATS, SCALE, InputFormat
+from compressor.formats.base import Slot
+from compressor.formats.e2m1 import E2M1_MAX, round_e2m1
+from compressor.formats.e4m3 import E4M3_MAX
+from compressor.formats.e8m0 import decode_e8m0, fit_e8m0
+from compressor.formats.nvfp4 import ZERO_SCALE
+from compressor.formats.small_floats import SPLITS, TINY, largest_value, offsets_of, round_float
 
 
 class InputOp(Protocol):
@@ -35,21 +42,28 @@ class InputOp(Protocol):
 
 @dataclass(frozen=True)
 class Shift:
-    """Subtract a vector: `x - z`. `z` is `[in]` float32."""
+    """Subtract a vector: `x - z`.
+
+    Attributes:
+        z: `[in]` float32.
+        carry: `[out]` float32, what the layer would have made of `z`, which its output gets back; None if something
+            else makes up for it.
+    """
 
     z: Tensor
+    carry: Tensor | None = None
 
     def apply(self, x: Tensor) -> Tensor:
         """Return `x - z` in the dtype of `x`."""
         return x - self.z.to(x.dtype)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the shift."""
-        return {"input_shift": self.z}
+        """Return the shift, and what the output gets back."""
+        return {"input_shift": self.z, **({} if self.carry is None else {"input_shift_carry": self.carry})}
 
     def describe(self) -> dict[str, object]:
         """Return the JSON form."""
-        return {"op": "shift"}
+        return {"op": "shift", "carry": self.carry is not None}
 
 
 @dataclass(frozen=True)
@@ -108,45 +122,177 @@ class Rotate:
 
     def describe(self) -> dict[str, object]:
         """Return the JSON form."""
-        return {"op": "rotate"}
+        return {"op": "rotate", "size": self.matrix.shape[0]}
 
 
 @dataclass(frozen=True)
 class Quantize:
-    """Round to symmetric integers: static with a stored scale, or dynamic with a scale from the data.
+    """Round to a format, bit-equal in float32 to what compressed-tensors simulates.
 
     Attributes:
-        bits: Bits of one code; codes reach `+-(2**(bits-1) - 1)`.
-        granularity: `tensor` (one scale) or `token` (one per row; dynamic only).
-        scale: `[1]` float32 for static quantization, None for dynamic.
-        clip: Share of the largest magnitude that the scale covers (dynamic only).
+        format: The grid, and what shares one scale.
+        scale: `[1]` float: the stored scale of static formats (NVFP4: a divisor), None for dynamic ones.
+        clip: Share of the largest magnitude that a scale made from the data covers.
     """
 
-    bits: int
-    granularity: Literal["tensor", "token"] = "token"
+    format: InputFormat
     scale: Tensor | None = None
     clip: float = 1.0
 
+    def __post_init__(self) -> None:
+        if (self.scale is None) == self.format.static:
+            raise CheckpointError(
+                f"inputs in {self.format.name} {'need' if self.format.static else 'have no'} {SCALE} or {GLOBAL_SCALE}",
+                "the checkpoint is incomplete or config.json does not belong to it",
+            )
+
+    @classmethod
+    def calibrated(cls, fmt: InputFormat, largest: Tensor, dtype: torch.dtype) -> Quantize:
+        """Return the operation for inputs of magnitudes up to `largest` (a scalar); a scale is stored in `dtype`.
+
+        A largest magnitude of zero, or one that no scale fits, gives a scale that is finite and positive all the same.
+        """
+        if not fmt.static:
+            return cls(fmt)
+        largest = largest.float().reshape(1)
+        if fmt.suffix == GLOBAL_SCALE:
+            divisor = E4M3_MAX * top_of(fmt) / largest
+            return cls(fmt, torch.where(torch.isfinite(divisor), divisor, 1.0))
+        scale = (largest / top_of(fmt)).to(dtype)
+        return cls(fmt, torch.where(scale == 0, torch.finfo(dtype).eps, scale))
+
     def apply(self, x: Tensor) -> Tensor:
-        """Return the rounded input, computed in float32."""
-        top = 2 ** (self.bits - 1) - 1
+        """Return the rounded input, computed in float32, in the dtype of `x`."""
+        if x.numel() == 0:
+            return x
         values = x.float()
-        if self.scale is not None:
-            scale = self.scale
-        elif self.granularity == "token":
-            scale = values.abs().amax(-1, keepdim=True) * self.clip / top
-        else:
-            scale = values.abs().amax() * self.clip / top
-        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-        return ((values / scale).round().clamp(-top, top) * scale).to(x.dtype)
+        if self.format.group_size is not None:
+            values = values.unflatten(-1, (-1, self.format.group_size))  # [..., groups, group]
+        steps = self.steps(values)
+        rounded = self._snap(values / steps) * steps
+        return rounded.reshape(x.shape).to(x.dtype)
+
+    def saturated(self, x: Tensor) -> int:
+        """Return how many values of `x` lie beyond the reach of a static scale by more than rounding explains."""
+        if self.format.granularity != "tensor":
+            return 0
+        z = x.float() / self.steps(x.float())
+        top = top_of(self.format)
+        low, high = (-top - 0.5, top) if self.format.kind == "int" else (-top * 17 / 16, top * 17 / 16)
+        return int(((z < low) | (z > high)).sum())
+
+    def steps(self, values: Tensor) -> Tensor:
+        """Return the value of one unit of the grid, float32, broadcastable to `values`."""
+        fmt = self.format
+        if fmt.granularity == "tensor":
+            assert self.scale is not None
+            return self.scale.float()
+        largest = values.abs().amax(-1, keepdim=True) * self.clip
+        if fmt.scales == "e8m0":
+            return decode_e8m0(fit_e8m0(largest, _EXPONENT[fmt.bits], _LARGEST_EXPONENT))
+        scale = largest / top_of(fmt)
+        if fmt.scales == "float":
+            return torch.where(scale == 0, torch.finfo(torch.float32).eps, scale)
+        assert self.scale is not None
+        local = (self.scale.float() * scale).clamp(max=E4M3_MAX).to(torch.float8_e4m3fn).float()
+        return torch.where(local == 0, ZERO_SCALE, local) / self.scale.float()
+
+    def _snap(self, z: Tensor) -> Tensor:
+        """Return the unit nearest to every `z`, ties to even codes; overwrites `z`."""
+        if self.format.kind == "int":
+            largest = 2 ** (self.format.bits - 1)
+            return z.clamp_(-largest, largest - 1).round_()
+        if self.format.bits == 8:
+            return z.clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float()
+        return round_e2m1(z)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the static scale, if there is one."""
-        return {} if self.scale is None else {"input_scale": self.scale}
+        return {} if self.scale is None else {str(self.format.suffix): self.scale}
 
     def describe(self) -> dict[str, object]:
         """Return the JSON form."""
-        return {"op": "quantize", "bits": self.bits, "granularity": self.granularity, "clip": self.clip}
+        return {"op": "quantize", "format": self.format.name, "clip": self.clip}
+
+
+@dataclass(frozen=True)
+class RoundFloat:
+    """Round to small floats with a real-valued bias and a power of two per channel: `2^-k Q(2^k x)`.
+
+    Attributes:
+        bits: Bits of one code.
+        scale: `[1]` float32, `2^-bias`.
+        mantissa: `[1]` uint8, how many of the bits are mantissa.
+        k: `[in]` int8, exponents of the channels' own factors; not negative.
+    """
+
+    bits: int
+    scale: Tensor
+    mantissa: Tensor
+    k: Tensor
+
+    @classmethod
+    def covering(cls, bits: int, mantissa: int, loudest: Tensor, offsets: bool) -> RoundFloat:
+        """Return the operation whose largest value is that of the inputs.
+
+        Args:
+            bits: Bits of one code.
+            mantissa: Mantissa bits.
+            loudest: `[in]` largest magnitude of every channel; all zero gives a scale of one.
+            offsets: Whether quiet channels are multiplied by powers of two.
+        """
+        top = loudest.float().amax().reshape(1)
+        scale = torch.where(top > TINY, top / largest_value(bits, mantissa), torch.ones_like(top))
+        split = torch.tensor([mantissa], dtype=torch.uint8, device=loudest.device)
+        start = cls(bits, scale, split, torch.zeros(len(loudest), dtype=torch.int8, device=loudest.device))
+        return start.with_scale(scale, loudest if offsets and bool(top > TINY) else None)
+
+    def with_scale(self, scale: Tensor, loudest: Tensor | None) -> RoundFloat:
+        """Return the same with another scale; powers of two follow from the channels' largest magnitudes if given."""
+        k = self.k if loudest is None else offsets_of(loudest, scale, self.bits, int(self.mantissa))
+        return replace(self, scale=scale, k=k)
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Return the rounded input, computed in float32, in the dtype of `x`."""
+        k = self.k.to(torch.int32)
+        z = torch.ldexp(x.float(), k) / self.scale
+        rounded = round_float(z, self.bits, int(self.mantissa)) * self.scale
+        return torch.ldexp(rounded, -k).to(x.dtype)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return scale, split and exponents."""
+        return {SCALE: self.scale, "input_mantissa": self.mantissa, "input_pow2": self.k}
+
+    def describe(self) -> dict[str, object]:
+        """Return the JSON form."""
+        return {"op": "float", "format": f"fpq{self.bits}", "bits": self.bits}
+
+
+_EXPONENT = {4: 2, 8: 8}
+"""Exponent of the largest value of E2M1 and E4M3."""
+
+_LARGEST_EXPONENT = 254 - 8
+"""So that the largest value times its scale stays finite in float32."""
+
+
+def top_of(fmt: InputFormat) -> float:
+    """Return what the largest magnitude is mapped to: for integers half of the steps, as in compressed-tensors."""
+    if fmt.kind == "int":
+        return float(2**fmt.bits - 1) / 2
+    return E4M3_MAX if fmt.bits == 8 else E2M1_MAX
+
+
+def calibrated(fmt: InputFormat, loudest: Tensor, dtype: torch.dtype) -> InputOp:
+    """Return the operation that rounds to a format and just covers the calibration data.
+
+    Args:
+        fmt: The format.
+        loudest: `[in]` largest magnitude of every channel; not looked at by dynamic formats.
+        dtype: Dtype static scales are stored in.
+    """
+    if fmt.searched:
+        return RoundFloat.covering(fmt.bits, SPLITS[fmt.bits][0], loudest, offsets=False)
+    return Quantize.calibrated(fmt, loudest.amax(), dtype)
 
 
 def apply_ops(ops: Sequence[InputOp], x: Tensor) -> Tensor:
@@ -154,6 +300,11 @@ def apply_ops(ops: Sequence[InputOp], x: Tensor) -> Tensor:
     for op in ops:
         x = op.apply(x)
     return x
+
+
+def carried(ops: Sequence[InputOp]) -> Tensor | None:
+    """Return what a layer's output gets back for what its input lost, `[out]` float32, or None."""
+    return next((op.carry for op in ops if isinstance(op, Shift) and op.carry is not None), None)
 
 
 def rebuild(descriptions: Sequence[dict[str, object]], tensors: dict[str, Tensor]) -> tuple[InputOp, ...]:
@@ -167,22 +318,62 @@ def rebuild(descriptions: Sequence[dict[str, object]], tensors: dict[str, Tensor
         name = entry.get("op")
         try:
             if name == "shift":
-                ops.append(Shift(tensors["input_shift"]))
+                ops.append(Shift(tensors["input_shift"], tensors["input_shift_carry"] if entry.get("carry") else None))
             elif name == "pow2":
                 ops.append(Pow2(tensors["input_pow2"]))
             elif name == "permute":
                 ops.append(Permute(tensors["input_order"]))
             elif name == "rotate":
                 ops.append(Rotate(tensors["input_rotation"]))
+            elif name == "float":
+                bits, split = int(str(entry["bits"])), tensors["input_mantissa"]
+                ops.append(RoundFloat(bits, tensors[SCALE], split, tensors["input_pow2"]))
             elif name == "quantize":
-                granularity: Literal["tensor", "token"] = "tensor" if entry["granularity"] == "tensor" else "token"
-                ops.append(
-                    Quantize(
-                        int(str(entry["bits"])), granularity, tensors.get("input_scale"), float(str(entry["clip"]))
-                    )
-                )
+                fmt = INPUT_FORMATS[str(entry["format"])]
+                ops.append(Quantize(fmt, tensors.get(fmt.suffix or ""), float(str(entry["clip"]))))
             else:
                 raise CheckpointError(f"unknown input operation {name!r}", "the checkpoint needs a newer version")
         except KeyError as missing:
             raise CheckpointError(f"input operation {name!r} lacks {missing}", "the checkpoint is incomplete") from None
     return tuple(ops)
+
+
+def stored_slots(
+    descriptions: Sequence[dict[str, object]], shape: tuple[int, int], dtype: torch.dtype
+) -> dict[str, Slot]:
+    """Return suffix -> dtype and shape of the tensors that stored operations need.
+
+    Args:
+        descriptions: JSON forms, as `rebuild` takes them.
+        shape: `[out, in]` of the layer's weight.
+        dtype: Dtype of the checkpoint, which static scales are stored in.
+
+    Raises:
+        CheckpointError: Unknown operation.
+    """
+    slots: dict[str, Slot] = {}
+    for entry in descriptions:
+        if entry.get("op") == "quantize" and entry.get("format") in INPUT_FORMATS:
+            slots |= INPUT_FORMATS[str(entry["format"])].layout(dtype)
+        elif entry.get("op") == "float":
+            slots |= {SCALE: Slot(torch.float32, (1,)), "input_mantissa": Slot(torch.uint8, (1,))}
+            slots["input_pow2"] = Slot(torch.int8, (shape[1],))
+        elif entry.get("op") in _VECTORS:
+            suffix, kind = _VECTORS[str(entry["op"])]
+            slots[suffix] = Slot(kind, (shape[1],))
+            if entry.get("carry"):
+                slots["input_shift_carry"] = Slot(torch.float32, (shape[0],))
+        elif entry.get("op") == "rotate":
+            size = int(str(entry["size"]))
+            slots["input_rotation"] = Slot(torch.float32, (size, size))
+        else:
+            raise CheckpointError(f"unknown input operation {entry!r}", "the checkpoint needs a newer version")
+    return slots
+
+
+_VECTORS = {
+    "shift": ("input_shift", torch.float32),
+    "pow2": ("input_pow2", torch.int8),
+    "permute": ("input_order", torch.int64),
+}
+"""Operation -> suffix and dtype of its one vector."""

@@ -146,6 +146,8 @@ class Fold:
         channels: Number of channels.
         offset: A norm multiplies by `offset + weight`; 0 for most, 1 for Gemma's. 0 for matrices.
         powers_of_two: Factors must be powers of two, as something that is stored with few bits is divided by them.
+        shifted: The readers' biases, in their order, where a shift of the channels can move from the norm's bias into
+            them: all of these biases exist in float32. Else empty.
     """
 
     name: str
@@ -157,6 +159,7 @@ class Fold:
     channels: int
     offset: float = 0.0
     powers_of_two: bool = False
+    shifted: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -172,6 +175,10 @@ class LayerPlan:
         bytes_after: Bytes on disk in the result, scales included.
         kept_because: Why it stays dense; None exactly when `format` is set.
         rewritten_because: Which fold may change its values all the same; None if none does.
+        inputs: Name of the format its inputs are rounded to, or None.
+        inputs_kept_because: Why they are not although the recipe asks for it, or None.
+        steps: What happens to its inputs, in order, as JSON; see `compressor.inputs.rebuild`.
+        ranges: Whether the engine measures the range of its inputs for a static scale; if not, the method chooses it.
     """
 
     ref: WeightRef
@@ -181,9 +188,15 @@ class LayerPlan:
     bytes_after: int
     kept_because: str | None
     rewritten_because: str | None = None
+    inputs: str | None = None
+    inputs_kept_because: str | None = None
+    steps: tuple[dict[str, object], ...] = ()
+    ranges: bool = False
 
     def __post_init__(self) -> None:
         assert (self.format is None) != (self.kept_because is None), self.ref.name
+        assert self.inputs is None or (self.format and not self.inputs_kept_because), self.ref.name
+        assert (self.inputs is None) == (not self.steps), self.ref.name
 
 
 @dataclass(frozen=True)
@@ -197,6 +210,7 @@ class Plan:
         blocks: Module names of the streamed blocks, in order.
         method: Method name.
         format: Format of the layers no override names.
+        inputs: Format of the inputs of the layers that have one, or None.
         default_dtype: Dtype floating scales are stored in, in safetensors spelling.
         peak_bytes: Estimated peak of resident weights, statistics and activations while running.
         notes: Things the planner decided that a user may want to know.
@@ -216,6 +230,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     folds: tuple[Fold, ...] = ()
     unfolded: Mapping[str, str] = field(default_factory=dict)
+    inputs: str | None = None
     digest: str = field(default="", compare=False)
 
     @property

@@ -21,8 +21,9 @@ from compressor.checkpoint.folds import Found, find_folds
 from compressor.checkpoint.skeleton import Skeleton, Target
 from compressor.checkpoint.source import DTYPES, Source, TensorInfo
 from compressor.errors import RecipeError, UnsupportedError
-from compressor.formats import ASYMMETRIC, FIXED_GROUP, get_format, parse_group_size
+from compressor.formats import ASYMMETRIC, BUILDERS, FIXED_GROUP, get_format, parse_group_size
 from compressor.formats.base import QuantFormat, group_setting
+from compressor.input_plan import input_notes, plan_inputs, stored_as, with_inputs
 from compressor.methods import get_method
 from compressor.methods.base import Method
 from compressor.methods.scaling import FoldingMethod
@@ -41,13 +42,22 @@ NO_ACTIVATION_METHOD = "no method quantizes this operand yet"
 
 
 def default_format(recipe: Recipe, is_moe: bool) -> str:
-    """Return the format of a recipe without one: int4, or for fp4 nvfp4 (mxfp4 for mixtures of experts).
+    """Return the format of a recipe without one: int4, for nupes power4, for fp4 nvfp4 (mxfp4 if there are experts).
 
+    Where inputs are rounded too, it is the one that goes with them: int8, fp8, nvfp4, ...
     Stock transformers drops the global scale of NVFP4 experts without a word, so NVFP4 is not a default for them.
     """
+    if recipe.inputs and recipe.inputs.startswith("fpq"):
+        return "fp4"
     if recipe.method == "fp4":
         return "mxfp4" if is_moe else "nvfp4"
-    return "int4"
+    if recipe.method == "nupes":
+        return "power4"
+    if recipe.inputs is None or recipe.inputs.startswith("int8"):
+        return "int4" if recipe.inputs is None else "int8"
+    if recipe.inputs.startswith("fp8"):
+        return "fp8"
+    return recipe.inputs if recipe.inputs in BUILDERS else "int4"
 
 
 def make_plan(recipe: Recipe, source: Source, skeleton: Skeleton, blocks: BlockSequence) -> Plan:
@@ -59,18 +69,22 @@ def make_plan(recipe: Recipe, source: Source, skeleton: Skeleton, blocks: BlockS
     """
     method = get_method(recipe.method, recipe.options)
     trace = blocks.trace()
-    format_name = recipe.format or default_format(recipe, bool(trace.experts))
-    fmt = get_format(format_name, parse_group_size(format_name, recipe.group_size), DTYPES[source.dtype])
+    recipe = with_inputs(recipe, method)
+    format_name, group_size = stored_as(
+        recipe.format or default_format(recipe, bool(trace.experts)), recipe.group_size, recipe.inputs
+    )
+    fmt = get_format(format_name, parse_group_size(format_name, group_size), DTYPES[source.dtype])
     targets = skeleton.targets({name: info.shape for name, info in source.tensors.items()})
     refs = [make_ref(info, targets[name], skeleton, blocks, trace) for name, info in source.tensors.items()]
     refs.sort(key=lambda ref: (ref.block if ref.block != OUTSIDE else len(blocks.names), natural_key(ref.name)))
     overrides = match_overrides(recipe.overrides, refs)
     layers = [plan_layer(ref, source, method, fmt, overrides.get(ref.name), recipe) for ref in refs]
-    check_fused(layers)
-    check_experts(layers)
     if not any(layer.format for layer in layers):
         raise nothing_to_compress(layers)
     found = plan_folds(method, layers, blocks, has_kv_cache=recipe.kv_cache is not None)
+    layers = plan_inputs(recipe, layers, DTYPES[source.dtype], method, found)
+    check_fused(layers)
+    check_experts(layers)
     layers = mark_rewritten(layers, found.folds)
     if recipe.kv_cache:
         check_kv_cache(skeleton.model, layers, recipe.kv_cache, DTYPES[source.dtype])
@@ -83,9 +97,10 @@ def make_plan(recipe: Recipe, source: Source, skeleton: Skeleton, blocks: BlockS
         format=format_name,
         default_dtype=source.dtype,
         peak_bytes=estimate_peak(layers, method, fmt, len(blocks.names)),
-        notes=(*reader_notes(layers), *unfolded_notes(method, found)),
+        notes=(*reader_notes(layers), *unfolded_notes(method, found), *input_notes(layers)),
         folds=found.folds,
         unfolded=found.unfolded,
+        inputs=recipe.inputs,
     )
 
 
@@ -167,7 +182,8 @@ def plan_layer(
     fmt, by_flag = default, recipe.group_size is not None
     if override and override.format:
         by_flag = override.group_size is not None
-        fmt = get_format(override.format, parse_group_size(override.format, override.group_size), DTYPES[source.dtype])
+        name, size = stored_as(override.format, override.group_size, recipe.inputs)
+        fmt = get_format(name, parse_group_size(name, size), DTYPES[source.dtype])
     check_possible(ref, method, fmt, by_flag)
     after = sum(slot.nbytes for slot in fmt.layout(ref.matrix).values())
     return LayerPlan(ref, fmt.name, group_setting(fmt), before, after, None)
@@ -280,11 +296,12 @@ def scheme_of(layer: LayerPlan) -> str:
     """Return what a layer becomes, as people write it: `int4 in groups of 64`, `nvfp4`, `dense`."""
     if layer.format is None:
         return "dense"
+    inputs = f" with {layer.inputs} inputs" if layer.inputs else ""
     if layer.format in FIXED_GROUP:
-        return layer.format
+        return layer.format + inputs
     if isinstance(layer.group_size, int):
-        return f"{layer.format} in groups of {layer.group_size}"
-    return f"{layer.format} per {layer.group_size or 'channel'}"
+        return f"{layer.format} in groups of {layer.group_size}{inputs}"
+    return f"{layer.format} per {layer.group_size or 'channel'}{inputs}"
 
 
 def plan_folds(method: Method, layers: list[LayerPlan], blocks: BlockSequence, has_kv_cache: bool) -> Found:
@@ -294,7 +311,11 @@ def plan_folds(method: Method, layers: list[LayerPlan], blocks: BlockSequence, h
     """
     if not isinstance(method, FoldingMethod):
         return Found((), {})
-    return find_folds(blocks, layers, [kind for kind in method.folds if not (has_kv_cache and kind is FoldKind.VALUE)])
+    kinds = [kind for kind in method.folds if not (has_kv_cache and kind is FoldKind.VALUE)]
+    found = find_folds(blocks, layers, kinds)
+    if getattr(method, "shifts", False):
+        return found
+    return replace(found, folds=tuple(replace(fold, shifted=()) for fold in found.folds))
 
 
 def mark_rewritten(layers: list[LayerPlan], folds: tuple[Fold, ...]) -> list[LayerPlan]:
@@ -304,6 +325,7 @@ def mark_rewritten(layers: list[LayerPlan], folds: tuple[Fold, ...]) -> list[Lay
         for fold in folds
         for name in (fold.scaled, fold.bias)
     }
+    reasons |= {name: "takes up a shift of its layer's inputs" for fold in folds for name in fold.shifted}
     return [
         replace(layer, rewritten_because=reasons[layer.ref.name])
         if layer.ref.name in reasons and not layer.format
@@ -348,7 +370,7 @@ def reader_notes(layers: list[LayerPlan]) -> tuple[str, ...]:
         )
     if note := zero_point_note(layers):
         return (note,)
-    if experts & {"fp8-block", "mxfp8"}:
+    if experts & {"fp8-block", "mxfp8", "int8-bytes"}:
         return (f"stock transformers raises on {' and '.join(sorted(map(str, experts)))} experts: {ours}",)
     if None in experts and any(layer.format for layer in layers):
         return ("stock transformers raises on dense experts beside packed layers: load it with compressor.load",)

@@ -57,6 +57,10 @@ class Recipe(BaseModel):
     group_size: str | None = Field(
         None, description="inputs per scale, 'channel' or 'tensor'; None picks the format's default"
     )
+    inputs: str | None = Field(
+        None, description="format of layers' inputs; see: compress list inputs; None: not rounded"
+    )
+    skip_inputs: tuple[str, ...] = Field(default=(), description="globs of layers whose inputs are not rounded")
     overrides: tuple[Override, ...] = Field(default=(), description="exceptions by name; the last match wins")
     kv_cache: Literal["fp8"] | None = Field(default=None, description="format of the key/value cache at run time")
     calibration: CalibrationSpec = Field(default_factory=CalibrationSpec)

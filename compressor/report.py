@@ -19,6 +19,8 @@ class Row:
         weight_error: `||W - W'|| / ||W||`, or None.
         output_error: The same for the layer's output on calibration data, or None where there was none.
         tokens: Calibration tokens the layer saw.
+        inputs: Format its inputs are rounded to at run time, or None.
+        input_error: `||x' - x|| / ||x||` of rounding them, on calibration data; None where none passed.
     """
 
     name: str
@@ -29,6 +31,8 @@ class Row:
     weight_error: float | None = None
     output_error: float | None = None
     tokens: int = 0
+    inputs: str | None = None
+    input_error: float | None = None
 
     @property
     def error(self) -> float | None:

@@ -1,6 +1,6 @@
-"""Refusing to score a checkpoint whose inputs are meant to be quantized on a path that does not quantize them.
+"""Refusing to score a checkpoint whose inputs are meant to be rounded on a path that does not round them.
 
-Such a score would be that of another, better model.
+Such a score would be that of another, better model. `compressor.load` rounds them in every format it reads.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def check_activations(model: nn.Module, folder: Path) -> None:
         return
     raise UnsupportedError(
         f"{folder}: {', '.join(asking)} quantize activations, which {execution_path(model)} does not",
-        "a score without it would be that of another model; score a weight-only checkpoint",
+        "a score without it would be that of another model; what can be run: compress list inputs",
     )
 
 
@@ -59,4 +59,4 @@ def _groups(section: Mapping[str, Any]) -> tuple[list[str], list[str]]:
 
 
 def _quantizes(layer: PackedLinear) -> bool:
-    return any(step.describe()["op"] == "quantize" for step in layer.inputs)
+    return any(step.describe()["op"] in ("quantize", "float") for step in layer.inputs)

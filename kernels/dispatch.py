@@ -17,6 +17,7 @@ from torch import Tensor
 
 from compressor.errors import RecipeError, UnsupportedError
 from compressor.formats.base import PackedTensor, QuantFormat, group_setting
+from compressor.kernels.cpu import kernel as cpu
 from compressor.kernels.gpu import kernel as triton
 from compressor.kernels.reference.linear import packed_linear
 
@@ -38,6 +39,7 @@ class Problem:
         dtype: Dtype of the activations.
         device: Device type, `cpu` or `cuda`.
         capability: CUDA compute capability; (0, 0) elsewhere.
+        scale: Dtype of the stored scales, of formats that leave a choice.
     """
 
     op: str
@@ -49,6 +51,7 @@ class Problem:
     dtype: torch.dtype
     device: str
     capability: tuple[int, int] = (0, 0)
+    scale: torch.dtype | None = None
 
 
 class Prepared(Protocol):
@@ -95,6 +98,8 @@ def _accepts_all(problem: Problem) -> str | None:
 
 KERNELS: tuple[Kernel, ...] = (
     Kernel("triton", triton.accepts, triton.run, triton.prepare),
+    Kernel("cpu-packed", cpu.accepts_few, cpu.run, cpu.prepare),
+    Kernel("cpu-decode", cpu.accepts, cpu.run_decoded, cpu.prepare_decoded),
     Kernel("reference", _accepts_all, packed_linear),
 )
 
@@ -135,7 +140,8 @@ def linear_problem(packed: PackedTensor, fmt: QuantFormat, m: int, dtype: torch.
     n, k = packed.shape
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     group = n * k if group_setting(fmt) == "tensor" else fmt.group_size or 0
-    return Problem("linear", packed.format, m, n, k, group, dtype, device.type, capability)
+    scale = getattr(fmt, "dtype", None)
+    return Problem("linear", packed.format, m, n, k, group, dtype, device.type, capability, scale)
 
 
 def prepare(packed: PackedTensor, fmt: QuantFormat, dtype: torch.dtype) -> Prepared | None:

@@ -80,8 +80,10 @@ def read_native(section: Mapping[str, Any], dtype: torch.dtype) -> Groups:
     for module, index in parsed.modules.items():
         fmt = parsed.find((module,), dtype)
         assert fmt is not None, module
-        schemes[f"formats[{index}]"] = Scheme(f"formats[{index}]", NATIVE, {}, native=fmt)
-        listed[module] = f"formats[{index}]"
+        steps = parsed.steps((module,))
+        key = f"formats[{index}]" + (f" inputs[{parsed.module_inputs[module]}]" if steps else "")
+        schemes[key] = Scheme(key, NATIVE, {}, native=fmt, steps=steps)
+        listed[module] = key
     return Groups(schemes, Schemes((), ()), listed, {})
 
 

@@ -105,9 +105,10 @@ def rows(checkpoint: Checkpoint) -> Iterator[Finding]:
     for row in (checkpoint.report or {}).get("rows") or []:
         name, action = str(row["name"]), row["action"]
         module = checkpoint.modules.get(name.removesuffix(".weight"))
-        if action == "kept" and (name not in checkpoint.tensors or checkpoint.owner(name) is not None):
-            yield error(name, f"was kept dense, says {REPORT}, but is not stored so", "the folder was mixed up")
-        elif action != "kept" and module is None:
+        dense = action in ("kept", "rewritten")
+        if dense and (name not in checkpoint.tensors or checkpoint.owner(name) is not None):
+            yield error(name, f"was {action} dense, says {REPORT}, but is not stored so", "the folder was mixed up")
+        elif not dense and module is None:
             yield error(name, f"was written as {action}, says {REPORT}, but is not stored so", "it was mixed up")
         elif action != "kept" and module and module.scheme and not _same_format(str(action), module.scheme.name):
             said = f"was written as {action}, says {REPORT}, but config.json says {module.scheme.name}"

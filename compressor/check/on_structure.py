@@ -131,7 +131,7 @@ def experts(checkpoint: Checkpoint) -> Iterator[Finding]:
 def tokens(checkpoint: Checkpoint) -> Iterator[Finding]:
     """Calibration must have reached every layer it was used for; needs the report of the run."""
     rows = (checkpoint.report or {}).get("rows") or []
-    seen = {row["name"]: int(row.get("tokens") or 0) for row in rows if row.get("action") != "kept"}
+    seen = {row["name"]: int(row.get("tokens") or 0) for row in rows if row.get("action") not in ("kept", "rewritten")}
     if not any(seen.values()):
         return
     cold = [name for name, count in seen.items() if count == 0]

@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,14 @@ from torch import Tensor
 from compressor.calibration import kv_cache
 from compressor.checkpoint.blocks import BlockSequence, example_inputs, first_tensor
 from compressor.checkpoint.quantized import PackedDecoder
-from compressor.checkpoint.skeleton import Skeleton, quiet
+from compressor.checkpoint.skeleton import Skeleton, Target, quiet
 from compressor.checkpoint.source import Source, read_headers, read_json
 from compressor.errors import CompressorError, UnsupportedError, VerificationError
 from compressor.formats.native import QUANT_METHOD, NativeSchemes
+from compressor.inputs import apply_ops, carried, stored_slots
 from compressor.kernels.dispatch import ENV as FORCED_KERNEL
 from compressor.runtime import KeyMismatch, execution_path, load
+from compressor.runtime.stored import assemble_inputs, open_checkpoint
 
 PROBE_TOKENS = 32
 CPU = torch.device("cpu")
@@ -215,6 +218,7 @@ def reference_output(folder: Path, inputs: dict[str, Tensor], trust_remote_code:
     source = decoded_source(folder, skeleton)
     targets = skeleton.targets({name: info.shape for name, info in source.tensors.items()})
     _simulate_caches(skeleton, folder)
+    _round_inputs(skeleton, folder, targets)
     parts: dict[int | None, list[str]] = {}
     for name, target in targets.items():
         if target.param is not None and blocks.beside(target.param) is None:
@@ -242,6 +246,33 @@ def _simulate_caches(skeleton: Skeleton, folder: Path) -> None:
         skeleton.model.get_submodule(owner).register_buffer(suffix, values[name].float())
     for owner in {name.rpartition(".")[0] for name in names}:
         kv_cache.simulate(skeleton.model.get_submodule(owner))
+
+
+def _round_inputs(skeleton: Skeleton, folder: Path, targets: Mapping[str, Target]) -> None:
+    """Let layers do to their inputs what the config says.
+
+    Raises:
+        UnsupportedError: Experts do, which are one module here.
+    """
+    source, schemes = open_checkpoint(folder)
+    if schemes is None:
+        return
+    for name, target in targets.items():
+        module = name.removesuffix(".weight")
+        if target.param is None or module == name or f"{module}.weight_scale" not in source.tensors:
+            continue
+        steps = schemes.steps((module, target.param.removesuffix(".weight")))
+        if not steps:
+            continue
+        if target.where.expert is not None:
+            raise UnsupportedError(f"{module}: rounds its inputs, which is not decoded a second way for experts")
+        linear = skeleton.model.get_submodule(target.param.rpartition(".")[0])
+        rows, columns = linear.get_parameter("weight").shape
+        tensors = source.read(f"{module}.{suffix}" for suffix in stored_slots(steps, (rows, columns), torch.float32))
+        ops = assemble_inputs(module, steps, (rows, columns), tensors, torch.float32)
+        linear.register_forward_pre_hook(lambda _, args, ops=ops: (apply_ops(ops, args[0]), *args[1:]))
+        if (carry := carried(ops)) is not None:
+            linear.register_forward_hook(lambda _, args, out, carry=carry: out + carry.to(out.dtype))
 
 
 def _native_source(folder: Path, config: dict[str, Any], section: dict[str, Any], skeleton: Skeleton) -> Source:

@@ -1,7 +1,7 @@
 """What a compressed-tensors scheme stores for one matrix: names, dtypes and shapes, for every container of the format.
 
-Wider than `compressor.formats`, which holds what this package can run: other programs also write asymmetric integers,
-quantized activations and MXFP6, and those checkpoints can be checked too.
+Wider than `compressor.formats`, which holds what this package can run: other programs also write MXFP6 and asymmetric
+inputs, and those checkpoints can be checked too.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ import torch
 
 from compressor.checkpoint.source import DTYPE_NAMES, FLOATS
 from compressor.errors import UnsupportedError
+from compressor.formats.activations import input_format_from
 from compressor.formats.base import QuantFormat
 from compressor.formats.schemes import format_from_scheme
+from compressor.inputs import stored_slots
 
 NATIVE = "native"
 """Container of formats that only this package reads."""
@@ -53,6 +55,7 @@ class Scheme:
         weights: Complete `QuantizationArgs` of the weights; empty for native schemes.
         inputs: Those of the layer's input, or None.
         native: The format of a native scheme, else None.
+        steps: What a native scheme does to the layer's input, as JSON.
     """
 
     group: str
@@ -60,6 +63,7 @@ class Scheme:
     weights: Mapping[str, Any]
     inputs: Mapping[str, Any] | None = None
     native: QuantFormat | None = None
+    steps: tuple[dict[str, object], ...] = ()
 
     @property
     def bits(self) -> int:
@@ -100,8 +104,19 @@ class Scheme:
         if not self.symmetric:
             parts.append("asymmetric")
         if self.inputs is not None:
-            parts.append(f"inputs {'fp' if self.inputs['type'] == 'float' else 'int'}{self.inputs['num_bits']}")
+            parts.append(f"inputs {self.input_name}")
+        if self.steps:
+            parts.append("inputs " + ", ".join(str(step.get("format", step["op"])) for step in self.steps))
         return ", ".join(parts)
+
+    @property
+    def input_name(self) -> str:
+        """What people call the grid of the inputs: `int8-token`, or at least its bits."""
+        assert self.inputs is not None
+        try:
+            return input_format_from(self.inputs).name
+        except UnsupportedError:
+            return f"{'fp' if self.inputs['type'] == 'float' else 'int'}{self.inputs['num_bits']}"
 
     def format(self, dtype: torch.dtype) -> QuantFormat:
         """Return the format of this package that runs these weights.
@@ -115,7 +130,7 @@ class Scheme:
         if self.native:
             return self.native
         if self.inputs is not None:
-            raise UnsupportedError("quantized inputs are not run here", "use another reader for this one")
+            input_format_from(self.inputs)
         return format_from_scheme(self.weights, self.container, dtype)
 
     def refuse(self, shape: tuple[int, int]) -> str | None:
@@ -134,9 +149,10 @@ class Scheme:
             UnsupportedError: The container is not one compressed-tensors reads.
         """
         if self.native:
+            slots = {**self.native.layout(shape), **stored_slots(self.steps, shape, torch.float32)}
             return {
                 suffix: Expected(_FLOAT if slot.dtype in FLOATS else (DTYPE_NAMES[slot.dtype],), slot.shape)
-                for suffix, slot in self.native.layout(shape).items()
+                for suffix, slot in slots.items()
             }
         return {**self._codes(shape), **self._scales(shape), **self._zero_points(shape), **self._inputs()}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch import nn
 
 from compressor.checkpoint.source import INDEX, Source
 from compressor.errors import disk_error
+from compressor.formats.activations import INPUT_FORMATS
 from compressor.formats.base import QuantFormat
 from compressor.formats.native import MODEL_TYPE_PREFIX, QUANT_METHOD, native_entry
 from compressor.formats.schemes import KV_SCHEME
@@ -53,19 +54,31 @@ def result_config(source: dict[str, Any], plan: Plan, format_of: FormatOf, model
 
 
 def is_native(plan: Plan, format_of: FormatOf) -> bool:
-    """Return whether some format of the plan has no place in a compressed-tensors checkpoint."""
-    return any(format_of(layer).container is None for layer in plan.compressed)
+    """Return whether a format, or a treatment of inputs, has no place in a compressed-tensors checkpoint."""
+    return any(format_of(layer).container is None or not is_plain(layer.steps) for layer in plan.compressed)
+
+
+def is_plain(steps: Sequence[dict[str, object]]) -> bool:
+    """Return whether compressed-tensors can say what happens to an input: nothing, or rounding to a format it has."""
+    known = [fmt.describe() for fmt in INPUT_FORMATS.values() if not fmt.searched]
+    return not steps or (len(steps) == 1 and steps[0] in known)
 
 
 def native_config(plan: Plan, format_of: FormatOf) -> dict[str, Any]:
     """Return the `quantization_config` of a native result: every packed module by name, with its format."""
     formats = {layer.ref.module: format_of(layer) for layer in plan.compressed}
     entries = list(dict.fromkeys(formats.values()))
+    treatments = [list(layer.steps) for layer in plan.compressed if layer.steps]
+    inputs = [steps for index, steps in enumerate(treatments) if steps not in treatments[:index]]
     return {
         "quant_method": QUANT_METHOD,
         "version": 1,
         "formats": [native_entry(fmt) for fmt in entries],
         "modules": {module: entries.index(fmt) for module, fmt in sorted(formats.items())},
+        "inputs": inputs,
+        "module_inputs": {
+            layer.ref.module: inputs.index(list(layer.steps)) for layer in plan.compressed if layer.steps
+        },
     }
 
 
@@ -75,21 +88,21 @@ def compressed_tensors_config(plan: Plan, format_of: FormatOf, model: nn.Module)
     One format: a single group that targets every linear layer, and an ignore list. Several: one group each, whose
     targets are exact names; experts go by a pattern, as readers look for the word in one.
     """
-    by_scheme: dict[QuantFormat, list[LayerPlan]] = {}
+    by_scheme: dict[tuple[QuantFormat, str | None], list[LayerPlan]] = {}
     for layer in plan.compressed:
-        by_scheme.setdefault(format_of(layer), []).append(layer)
+        by_scheme.setdefault((format_of(layer), layer.inputs), []).append(layer)
     # Readers give dense experts the scheme of a group that targets every Linear, whatever the ignore list says.
     by_name = len(by_scheme) > 1 or any(p.ref.kind is Kind.EXPERT and not p.format for p in plan.layers)
     groups = {}
-    for index, (fmt, layers) in enumerate(by_scheme.items()):
+    for index, ((fmt, inputs), layers) in enumerate(by_scheme.items()):
         groups[f"group_{index}"] = {
             "targets": target_names(layers) if by_name else ["Linear"],
             "format": fmt.container,
             "weights": fmt.scheme(),
-            "input_activations": None,
+            "input_activations": INPUT_FORMATS[inputs].arguments() if inputs else None,
             "output_activations": None,
         }
-    containers = {str(fmt.container) for fmt in by_scheme}
+    containers = {str(fmt.container) for fmt, _ in by_scheme}
     compressed = {layer.ref.module for layer in plan.compressed}
     in_memory = {layer.ref.param.removesuffix(".weight") for layer in plan.compressed}
     linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)} - in_memory

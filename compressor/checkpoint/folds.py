@@ -245,7 +245,16 @@ class _Search:
             channels=scaled.ref.shape[0],
             offset=offset,
             powers_of_two=short_matrix or short_bias,
+            shifted=self._shifted(kind, bias, route),
         )
+
+    def _shifted(self, kind: FoldKind, bias: LayerPlan | None, route: Route) -> tuple[str, ...]:
+        """Return the readers' biases if a shift can move from the norm's bias into them without being rounded."""
+        entries = [self.whole.get(f"{reader}.bias") for reader in route.readers]
+        if kind is not FoldKind.NORM or bias is None or self._is_short(bias.ref.param):
+            return ()
+        names = [entry.ref.name for entry in entries if entry and not self._is_short(entry.ref.param)]
+        return tuple(names) if len(names) == len(entries) else ()
 
     def _add(self, fold: Fold) -> None:
         self.folds.append(fold)

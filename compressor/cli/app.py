@@ -16,7 +16,7 @@ import click
 import typer
 
 from compressor import __version__
-from compressor.cli import check, evaluate, gate, generate, listing, quantize
+from compressor.cli import bench, check, evaluate, gate, generate, inspect, listing, quantize
 from compressor.cli.render import print_error
 from compressor.errors import CompressorError, RecipeError
 
@@ -32,6 +32,8 @@ app.command("eval")(evaluate.evaluate)
 app.command("gate")(gate.gate)
 app.command("generate")(generate.generate)
 app.command("check")(check.check)
+app.command("inspect")(inspect.inspect)
+app.command("bench")(bench.bench)
 app.command("list")(listing.listing)
 
 

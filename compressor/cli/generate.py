@@ -17,19 +17,25 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Upper bound of the answer.")] = 64,
     chat: Annotated[bool, typer.Option("--chat/--plain", help="Use the chat template if there is one.")] = True,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (as DIR is stored), float32, bfloat16 or float16.")] = "auto",
     trust_remote_code: Annotated[bool, typer.Option(help="Run model code that comes with the checkpoints.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Let a checkpoint answer a prompt, greedily, next to the original if asked."""
     from compressor.checkpoint.resolve import resolve_model
-    from compressor.environment import load_tokenizer, pick_device
+    from compressor.environment import load_tokenizer, pick_device, pick_dtype
     from compressor.evals.generate import generate as answer
     from compressor.runtime import load
 
     texts = {}
-    for name in (baseline, directory) if baseline else (directory,):
-        path = Path(name) if Path(name).is_dir() else resolve_model(name, trust_remote_code)[0]
-        model = load(path, device=pick_device(device), trust_remote_code=trust_remote_code)
+    where = pick_device(device)
+    paths = {
+        name: Path(name) if Path(name).is_dir() else resolve_model(name, trust_remote_code)[0]
+        for name in ((baseline, directory) if baseline else (directory,))
+    }
+    computed = pick_dtype(dtype, paths[directory], where)
+    for name, path in paths.items():
+        model = load(path, dtype=computed, device=where, trust_remote_code=trust_remote_code)
         texts[name] = answer(model, load_tokenizer(path, trust_remote_code), prompt, max_new_tokens, chat).text
     if json_:
         print_json({"prompt": prompt, "texts": texts})

@@ -1,4 +1,4 @@
-"""`compress list methods|formats|models [NAME]`."""
+"""`compress list methods|formats|inputs|models [NAME]`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import typer
 from compressor.cli.render import STDOUT, print_json, table
 from compressor.errors import did_you_mean
 
-WHAT = ("formats", "methods", "models")
+WHAT = ("formats", "inputs", "methods", "models")
 
 
 def listing(
-    what: Annotated[str, typer.Argument(help="methods, formats or models.")],
+    what: Annotated[str, typer.Argument(help="methods, formats, inputs or models.")],
     name: Annotated[str | None, typer.Argument(help="Show one in full.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
@@ -44,6 +44,10 @@ def _entries(what: str) -> dict[str, str]:
         from compressor.formats import SUMMARIES as FORMATS
 
         return FORMATS
+    if what == "inputs":
+        from compressor.formats.activations import INPUT_SUMMARIES
+
+        return INPUT_SUMMARIES
     from compressor.checkpoint.default_model import EMBEDDED
 
     return {key: model.summary for key, model in EMBEDDED.items()}

@@ -20,11 +20,17 @@ def quantize(
     method: Annotated[str, typer.Option("--method", "-m", help="See: compress list methods.")] = "fp4",
     format: Annotated[str | None, typer.Option("--format", "-f", help="See: compress list formats.")] = None,
     group_size: Annotated[str | None, typer.Option(help="Inputs per scale, 'channel' or 'tensor'.")] = None,
+    inputs: Annotated[
+        str | None, typer.Option("--inputs", help="Round the inputs of layers too. See: compress list inputs.")
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write.", show_default=False)] = None,
     data: Annotated[str, typer.Option(help="Calibration text: preset, .txt, .jsonl, or Hub dataset.")] = "python-docs",
     n_samples: Annotated[int, typer.Option(min=1, max=65_536, help="Windows of calibration text.")] = 32,
     seq_len: Annotated[int, typer.Option(min=2, max=1_048_576, help="Tokens per window.")] = 512,
     skip: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Leave tensors dense (repeatable).")] = None,
+    skip_inputs: Annotated[
+        list[str] | None, typer.Option(metavar="GLOB", help="Leave inputs of layers as they are (repeatable).")
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="GLOB=FORMAT[:GROUP]", help="Give tensors another format (repeatable)."),
@@ -47,7 +53,7 @@ def quantize(
 ) -> None:
     """Compress a checkpoint and write it as safetensors."""
     options = parse_options(option or [])
-    check_names(method, format, group_size, options)
+    check_names(method, format, group_size, inputs)
     formats = parse_overrides(set_ or [])
     if kv_cache not in (None, "fp8"):
         raise did_you_mean("key/value cache format", str(kv_cache), ["fp8"])
@@ -62,6 +68,8 @@ def quantize(
         options=options,
         format=format,
         group_size=group_size,
+        inputs=inputs,
+        skip_inputs=tuple(skip_inputs or ()),
         overrides=make_overrides(formats, skip or ()),
         kv_cache="fp8" if kv_cache else None,
         calibration=CalibrationSpec(data=data, n_samples=n_samples, seq_len=seq_len),
@@ -85,9 +93,10 @@ def quantize(
             STDOUT.print(f"{events} notes, see {report['output']}/compress_report.json", soft_wrap=True)
 
 
-def check_names(method: str, format: str | None, group_size: str | None, options: dict[str, Any]) -> None:
+def check_names(method: str, format: str | None, group_size: str | None, inputs: str | None) -> None:
     """Reject unknown names before torch is imported, so that a typo costs no seconds."""
     from compressor.formats import BUILDERS, parse_group_size
+    from compressor.formats.activations import get_input_format
     from compressor.methods import METHODS
 
     if method not in METHODS:
@@ -96,6 +105,8 @@ def check_names(method: str, format: str | None, group_size: str | None, options
         raise did_you_mean("format", format, BUILDERS)
     if format is not None:
         parse_group_size(format, group_size)
+    if inputs is not None:
+        get_input_format(inputs)
 
 
 def parse_overrides(pairs: list[str]) -> dict[str, str]:
@@ -159,7 +170,9 @@ def show_plan(job: Job, as_json: bool) -> None:
         return
     reasons: dict[str, list[int]] = {}
     for layer in plan.layers:
-        entry = reasons.setdefault(layer.format or f"kept: {layer.rewritten_because or layer.kept_because}", [0, 0, 0])
+        kept = f"kept: {layer.rewritten_because or layer.kept_because}"
+        what = f"{layer.format}, inputs {layer.inputs}" if layer.inputs else layer.format or kept
+        entry = reasons.setdefault(what, [0, 0, 0])
         entry[0] += 1
         entry[1] += layer.bytes_before
         entry[2] += layer.bytes_after

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,13 +21,17 @@ from compressor.checkpoint.sink import WORK, Journal, Sink
 from compressor.checkpoint.skeleton import Skeleton
 from compressor.checkpoint.source import DTYPES, Source
 from compressor.decision import Outcome
-from compressor.engine.solver import BlockOf, Solver
+from compressor.engine.rounding import InputRounding
+from compressor.engine.solver import BlockOf, Solved, Solver
 from compressor.engine.streams import CARRIED, COMPRESSED, FP, Streams
 from compressor.errors import NumericalError
 from compressor.folding import Folding, folded_rows
 from compressor.formats import get_format
+from compressor.formats.activations import get_input_format
 from compressor.formats.base import QuantFormat, Slot
-from compressor.methods.base import Block, Layer, Method
+from compressor.inputs import stored_slots
+from compressor.methods.base import Block, Layer, Method, Stream, SurveyMethod
+from compressor.methods.rounding import InputMethod
 from compressor.methods.scaling import FoldingMethod
 from compressor.plan import OUTSIDE, LayerPlan, Plan
 from compressor.report import Progress, Row
@@ -68,13 +72,18 @@ class Engine:
         dtype = DTYPES[plan.default_dtype]
         self._formats = {key: get_format(key[0], key[1], dtype) for key in plan.formats}
         self._refs = {layer.ref.name: layer.ref for layer in plan.layers}
-        self.specs = tuple(dict.fromkeys(spec for fmt in self._formats.values() for spec in method.stats(fmt)))
+        wanted = [spec for fmt in self._formats.values() for spec in method.stats(fmt)]
+        if plan.inputs and isinstance(method, InputMethod):
+            wanted += method.input_stats(get_input_format(plan.inputs))
+        self.specs = tuple(dict.fromkeys(wanted))
         self.device = skeleton.device
         self.work = out / WORK
         self.sink = Sink(out, self._slots())
         self.journal = Journal(self.work / "journal.jsonl")
         # A quantized cache is calibrated on real keys and values even if the method needs no data.
         carried = CARRIED[method.stream] or ((FP,) if any(site.format for site in plan.sites) else ())
+        if needs_ranges(plan) and COMPRESSED not in carried:
+            carried = (*carried, COMPRESSED)  # what the layers of the result will meet
         hidden = self.work / "hidden"
         widest = max((fmt.bits for fmt in self._formats.values()), default=0)
         context = precision.products(self.device, widest)
@@ -90,6 +99,8 @@ class Engine:
         self.progress.units(len(names), len(done))
         if len(done) == len(names):
             return done
+        if isinstance(self.method, SurveyMethod):
+            self.method.survey(self._weights)
         with self._outside_resident():
             hidden, recording = self.blocks.prologue(self.probe_inputs())
             if self.streams.stores:
@@ -127,7 +138,7 @@ class Engine:
         for layer in self.plan.layers:
             if layer.format:
                 assert layer.ref.matrix is not None
-                for suffix, slot in self.format_of(layer).layout(layer.ref.matrix).items():
+                for suffix, slot in self._layout(layer).items():
                     slots[f"{layer.ref.module}.{suffix}"] = slot
             else:
                 slots[layer.ref.name] = Slot(DTYPES[layer.ref.dtype], layer.ref.shape)
@@ -136,9 +147,26 @@ class Engine:
                 slots[name] = Slot(DTYPES[self.plan.default_dtype], (1,))
         return slots
 
+    def _layout(self, layer: LayerPlan) -> dict[str, Slot]:
+        """Return suffix -> dtype and shape of what a compressed layer stores."""
+        assert layer.ref.matrix is not None
+        inputs = stored_slots(layer.steps, layer.ref.matrix, DTYPES[self.plan.default_dtype])
+        return {**self.format_of(layer).layout(layer.ref.matrix), **inputs}
+
     def _cache_scales(self, block: int) -> list[str]:
         """Return the names of the key/value cache scales of a block."""
         return [f"{module}.{suffix}" for module in self.plan.cached(block) for suffix in kv_cache.SCALES]
+
+    def _weights(self) -> Iterator[tuple[Layer, QuantFormat]]:
+        """Yield every compressed layer without statistics, one block in memory at a time."""
+        for index in range(len(self.plan.blocks)):
+            layers = self.plan.in_block(index)
+            self.skeleton.load(self.source.read(layer.ref.name for layer in layers))
+            for layer in layers:
+                if layer.format:
+                    weight = self.skeleton.part(layer.ref.param, layer.ref.where).detach().clone()
+                    yield Layer(layer.ref, weight), self.format_of(layer)
+            self.skeleton.free({layer.ref.param for layer in layers})
 
     def _finished(self) -> list[Unit]:
         """Read the journal and check that what it says is still true; otherwise start again, and say so."""
@@ -163,7 +191,7 @@ class Engine:
         names = []
         for layer in self.plan.in_block(block):
             if layer.format and layer.ref.matrix:
-                names += [f"{layer.ref.module}.{suffix}" for suffix in self.format_of(layer).layout(layer.ref.matrix)]
+                names += [f"{layer.ref.module}.{suffix}" for suffix in self._layout(layer)]
             else:
                 names.append(layer.ref.name)
         return names + (self._cache_scales(block) if block != OUTSIDE else [])
@@ -194,10 +222,10 @@ class Engine:
         streams: dict[str, Boundary] = {}
         capture = self._capture(layers)
         ranges = {name: kv_cache.KVRange(self.skeleton.model.get_submodule(name)) for name in self.plan.cached(index)}
-        both = COMPRESSED in self.streams.stores
+        behind = self.method.stream in (Stream.COMPRESSED, Stream.BOTH)  # statistics are those of the compressed prefix
         if FP in self.streams.stores:
-            streams[FP] = self.streams.advance(index, FP, before.streams, None if both else capture)
-        if both and capture:
+            streams[FP] = self.streams.advance(index, FP, before.streams, None if behind else capture)
+        if behind and capture:
             self.streams.observe(index, before.streams, capture)
         # Fixed here: whatever runs through the block from now on is no calibration data.
         scales = {name: seen.scales(name, DTYPES[self.plan.default_dtype]) for name, seen in ranges.items()}
@@ -206,17 +234,29 @@ class Engine:
         solved = self.solver.solve(layers, capture, {**tensors, **folded.rewrites}, block_of)
         for name in scales:
             solved.packed.update(self._quantize_cache(name, scales[name]))
-        if both:
+        rounding = self._round_inputs(index, before, solved)
+        if COMPRESSED in self.streams.stores:
             streams[COMPRESSED] = self.streams.advance(index, COMPRESSED, before.streams, None)
+        solved.rows, saturated = rounding.report(solved.rows)
         probe = self._probe(index, before, recording)
+        rounding.detach()
         unit_hash = self.sink.write(solved.packed)
         self.skeleton.free({layer.ref.param for layer in layers})
         rows = folded_rows(solved.rows, layers, self.plan, folded.rewrites)
-        events = [*folded.events, *solved.events]
+        events = [*folded.events, *solved.events, *saturated]
         saved = self._save_probe(index + 1, probe)
         del tensors, solved.packed, capture
         gc.collect()
         return Unit(self.plan.blocks[index], unit_hash, rows, events, saved, streams, solved.metrics)
+
+    def _round_inputs(self, index: int, before: Unit, solved: Solved) -> InputRounding:
+        """Let the block's layers round their inputs from now on; what they store joins what is to be written."""
+        rounding = InputRounding(self.skeleton, self.plan.in_block(index), DTYPES[self.plan.default_dtype])
+        ranges = rounding.ranges()
+        if ranges:
+            self.streams.observe(index, before.streams, ranges)
+        solved.packed.update(rounding.attach(solved.inputs, ranges))
+        return rounding
 
     def _probe(self, index: int, before: Unit, recording: Recording) -> Tensor:
         """Run the probe through the compressed block.
@@ -322,6 +362,11 @@ class Engine:
         unit_hash = self.sink.unit_hash(self._unit_tensors(OUTSIDE))
         assert unit_hash is not None
         return Unit("outside the blocks", unit_hash, rows, [], before.probe, before.streams)
+
+
+def needs_ranges(plan: Plan) -> bool:
+    """Return whether inputs have static scales that the engine must calibrate."""
+    return any(layer.ranges for layer in plan.compressed)
 
 
 class _Outside:

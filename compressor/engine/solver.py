@@ -16,6 +16,7 @@ from compressor.checkpoint.skeleton import Skeleton
 from compressor.decision import Decision, Kept, Outcome, Quantized
 from compressor.errors import NumericalError, UnsupportedError
 from compressor.formats.base import QuantFormat
+from compressor.inputs import InputOp
 from compressor.methods.base import Block, Layer, Method, Scope, relative_error
 from compressor.plan import LayerPlan
 from compressor.report import Row
@@ -33,12 +34,14 @@ class Solved:
         events: Fall-backs and surprises.
         packed: Tensor name in the result -> bytes to write.
         metrics: What the method measured.
+        inputs: Tensor name in the source -> what the method wants to happen to the layer's input.
     """
 
     rows: list[Row] = field(default_factory=list)
     events: list[str] = field(default_factory=list)
     packed: dict[str, Tensor] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+    inputs: dict[str, tuple[InputOp, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,9 @@ class Solver:
                 row, written = self._apply(plan, task, outcome.decisions[plan.ref.name])
                 solved.rows.append(row)
                 solved.packed.update(written)
+                decision = outcome.decisions[plan.ref.name]
+                if isinstance(decision, Quantized) and decision.inputs:
+                    solved.inputs[plan.ref.name] = decision.inputs
         return solved
 
     def _decisions(
@@ -123,7 +129,7 @@ class Solver:
         weights = [self.skeleton.part(m.ref.param, m.ref.where).detach().clone() for m in members]
         shared = fmt.fit_global(weights) if fmt.has_global_scale else None
         return [
-            Layer(m.ref, weight, shared, capture.sums[m.ref.fed_by] if capture else {})
+            Layer(m.ref, weight, shared, capture.sums[m.ref.fed_by] if capture else {}, m.steps)
             for m, weight in zip(members, weights, strict=True)
         ]
 
@@ -153,6 +159,7 @@ class Solver:
             weight_error=relative_error(task.weight, decoded),
             output_error=relative_error(task.weight, decoded, task.second_moment(full)) if has_data else None,
             tokens=task.n_tokens,
+            inputs=plan.inputs,
         )
         self.skeleton.part(ref.param, ref.where).copy_(decoded)
         packed = fmt.pack(decision.codes, decision.qparams)

@@ -36,6 +36,14 @@ def _ints(bits: int, symmetric: bool = True) -> Builder:
     return build
 
 
+def _int_bytes(group_size: GroupSize, dtype: torch.dtype) -> QuantFormat:
+    from compressor.formats.int_bytes import IntBytes
+
+    if group_size == "tensor":
+        return IntBytes(None, dtype, per_tensor=True)
+    return IntBytes(group_size, dtype)
+
+
 def _nvfp4(group_size: GroupSize, dtype: torch.dtype) -> QuantFormat:
     from compressor.formats.nvfp4 import NVFP4
 
@@ -69,12 +77,28 @@ def _fp4(group_size: GroupSize, dtype: torch.dtype) -> QuantFormat:
     return Float4()
 
 
+def _power(bits: int) -> Builder:
+    def build(group_size: GroupSize, dtype: torch.dtype) -> QuantFormat:
+        import torch
+
+        from compressor.formats.power import Power
+
+        stored = torch.float32 if dtype == torch.float16 else dtype  # float16 has no room for the smallest steps
+        if group_size == "tensor":
+            return Power(bits, None, stored, per_tensor=True)
+        return Power(bits, group_size, stored)
+
+    return build
+
+
 BUILDERS: dict[str, Builder] = {
     **{f"int{bits}": _ints(bits) for bits in range(2, 9)},
     **{f"int{bits}-asym": _ints(bits, symmetric=False) for bits in range(2, 9)},
+    "int8-bytes": _int_bytes,
     "nvfp4": _nvfp4,
     "mxfp4": _mxfp4,
     "fp4": _fp4,
+    **{f"power{bits}": _power(bits) for bits in range(2, 9)},
     "fp8": _fp8("channel"),
     "fp8-tensor": _fp8("tensor"),
     "fp8-block": _fp8("block"),
@@ -91,6 +115,9 @@ FIXED_GROUP: dict[str, int | None] = {
 }
 """Group size of every format that has only one; None where a scale covers whole rows."""
 
+CHANNEL_FIRST = frozenset({"int8-bytes"})
+"""Formats with one scale per output channel unless a whole matrix shares one; they have no groups."""
+
 ASYMMETRIC = frozenset(name for name in BUILDERS if name.endswith("-asym"))
 """Formats with a zero point for every scale."""
 
@@ -99,9 +126,11 @@ _GROUPS = "per 64 inputs (--group-size N, channel or tensor)"
 SUMMARIES: dict[str, str] = {
     **{f"int{bits}": f"symmetric integers, one scale {_GROUPS}" for bits in range(2, 9)},
     **{f"int{bits}-asym": f"asymmetric integers, one scale and zero point {_GROUPS}" for bits in range(2, 9)},
+    "int8-bytes": "symmetric 8-bit integers, one per byte, one scale per output channel (or tensor); for int8 inputs",
     "nvfp4": "4-bit floats (E2M1), FP8 scale per 16 inputs, one FP32 scale per fused set of layers; 4.5 bits",
     "mxfp4": "4-bit floats (E2M1), power-of-two scale per 32 inputs; 4.25 bits",
     "fp4": "LLM-FP4's 4-bit floats: E2M1, E1M2 or E3M0 per layer, real scale per output channel; 4 bits; native only",
+    **{f"power{bits}": f"NUPES' signed powers of integers, one scale {_GROUPS}; native only" for bits in range(2, 9)},
     "fp8": "8-bit floats (E4M3), one scale per output channel; 8 bits",
     "fp8-tensor": "8-bit floats (E4M3), one scale per matrix; 8 bits",
     "fp8-block": "8-bit floats (E4M3), one scale per 128 x 128 tile; 8 bits",
@@ -116,7 +145,7 @@ def parse_group_size(name: str, text: str | None) -> GroupSize:
         RecipeError: Not a positive number, `channel` or `tensor`, or the format has only one group size, another one.
     """
     if text is None:
-        return FIXED_GROUP.get(name, DEFAULT_GROUP_SIZE)
+        return None if name in CHANNEL_FIRST else FIXED_GROUP.get(name, DEFAULT_GROUP_SIZE)
     value: GroupSize
     if text == "channel":
         value = None
@@ -128,6 +157,8 @@ def parse_group_size(name: str, text: str | None) -> GroupSize:
         raise RecipeError(
             f"--group-size {text!r} is neither a positive number nor 'channel' nor 'tensor'", "try --group-size 64"
         )
+    if name in CHANNEL_FIRST and isinstance(value, int):
+        raise RecipeError(f"{name} has one scale per channel or per matrix, not --group-size {text}", "leave it out")
     if name not in FIXED_GROUP:
         return value
     if value != ("tensor" if name == "fp8-tensor" else FIXED_GROUP[name]):

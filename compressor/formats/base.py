@@ -31,12 +31,14 @@ class QParams:
             smallest code of `b` bits counts as `-2**(b-1)`.
         global_scale: `[1]` float32 divisor shared by the whole matrix (NVFP4), or None.
         codebook: `[2**bits]` float32 values, for formats whose grid is a table.
+        exponent: `[1]` float32, for formats whose table is made from it.
     """
 
     scale: Tensor
     zero_point: Tensor | None = None
     global_scale: Tensor | None = None
     codebook: Tensor | None = None
+    exponent: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -44,12 +44,20 @@ def unpack_bits(words: Tensor, bits: int, in_features: int) -> Tensor:
     """Return the uint8 codes `[out, in_features]` packed into int32 `words`; the inverse of `pack_bits`."""
     _require_little_endian()
     raw = words.contiguous().view(torch.uint8)
+    if bits == 8:
+        return raw[:, :in_features].contiguous()
+    if bits == 4:
+        return unpack_nibbles(raw, in_features)
     raw = grouped(_resized(raw, -(-in_features // _LANES) * bits), bits)  # [out, blocks, bits] bytes
-    stream = _resized(raw, 8).view(torch.int64).squeeze(-1)  # [out, blocks]
-    codes = torch.empty(*stream.shape, _LANES, dtype=torch.uint8, device=words.device)
-    for lane in range(_LANES):
-        codes[..., lane] = (stream >> (lane * bits)) & ((1 << bits) - 1)
-    return codes.flatten(1)[:, :in_features].contiguous()
+    stream = raw[..., 0].to(torch.int64)  # [out, blocks]
+    for byte in range(1, bits):
+        stream |= raw[..., byte].to(torch.int64) << (8 * byte)
+    # Halve the runs of codes that lie together until each has a byte of its own, all words at once.
+    for codes, width in ((4, 32), (2, 16), (1, 8)):
+        low = sum(((1 << codes * bits) - 1) << place for place in range(0, 64, 2 * width))
+        moved = (stream << (width - codes * bits)).bitwise_and_(low << width)
+        stream = stream.bitwise_and_(low).bitwise_or_(moved)
+    return stream.unsqueeze(-1).view(torch.uint8).flatten(1)[:, :in_features].contiguous()
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
@@ -65,7 +73,11 @@ def pack_nibbles(codes: Tensor) -> Tensor:
 
 def unpack_nibbles(packed: Tensor, in_features: int) -> Tensor:
     """Return the uint8 codes `[out, in_features]` of byte pairs; the inverse of `pack_nibbles`."""
-    codes = torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(1)
+    _require_little_endian()
+    # Both nibbles of a byte at once, as the two bytes of an int16: several times faster than stacking them.
+    wide = packed.to(torch.int16)
+    pairs = (wide << 4).bitwise_or_(wide).bitwise_and_(0x0F0F)
+    codes = pairs.view(-1).view(torch.uint8).view(len(packed), -1)
     return codes[:, :in_features].contiguous()
 
 

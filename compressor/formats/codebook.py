@@ -112,12 +112,12 @@ class Codebook:
 
     def encode(self, w: Tensor, q: QParams) -> Tensor:
         """Return the nearest codes, uint8 `[out, in]`, in float32; see `nearest`."""
-        return nearest(grouped(w.float(), self.group_size) / q.scale.unsqueeze(-1), _table(q)).flatten(-2)
+        return nearest(grouped(w.float(), self.group_size) / self.steps(q), _table(q)).flatten(-2)
 
     def decode(self, codes: Tensor, q: QParams) -> Tensor:
         """Return `scale * codebook[code]`, float32 `[out, in]`."""
         values = grouped(_table(q)[codes.int()], self.group_size)
-        return values.mul_(q.scale.unsqueeze(-1)).flatten(-2)
+        return values.mul_(self.steps(q)).flatten(-2)
 
     def round(self, w: Tensor, q: QParams) -> Tensor:
         """Return `decode(encode(w, q), q)`, float32."""

@@ -13,6 +13,7 @@ E2M1_REACH = 7.0
 """Half of the last step beyond the largest value."""
 
 E2M1_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_PLACES = 0x8E00 - 0x10000  # the sign, two bits of the exponent and one of the mantissa, as int16
 E2M1_VALUES = (*E2M1_MAGNITUDES, *(-value for value in E2M1_MAGNITUDES))
 """Value of each code; code 8 is -0."""
 
@@ -44,5 +45,8 @@ def round_e2m1(z: Tensor) -> Tensor:
 
 def decode_e2m1(codes: Tensor) -> Tensor:
     """Return the float32 values of uint8 codes 0-15, same shape."""
-    table = torch.tensor(E2M1_VALUES, dtype=torch.float32, device=codes.device)
-    return table[codes.int()]
+    # The code's bits at their places in a float16, whose exponents count from 15 where E2M1's count from 1: several
+    # times faster than a table.
+    wide = codes.to(torch.int16)
+    bits = (wide << 12).bitwise_or_(wide << 9).bitwise_and_(_PLACES)
+    return bits.view(torch.float16).float().mul_(2.0**14)

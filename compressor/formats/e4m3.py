@@ -27,7 +27,14 @@ def encode_e4m3(z: Tensor) -> Tensor:
 
 def decode_e4m3(codes: Tensor) -> Tensor:
     """Return the float32 values of uint8 codes, same shape."""
-    return codes.view(torch.float8_e4m3fn).float()
+    if codes.device.type != "cpu" or not codes.numel() or int((codes & 0x7F).max()) == 0x7F:
+        return codes.view(torch.float8_e4m3fn).float()
+    # The code's bits at their places in a float16, whose exponents count from 15 where E4M3's count from 7: on a CPU
+    # that is several times faster, but it does not know E4M3's NaN.
+    wide = codes.to(torch.int16)
+    sign = (wide << 8).bitwise_and_(-0x8000)
+    bits = wide.bitwise_left_shift_(7).bitwise_and_(0x3F80).bitwise_or_(sign)
+    return bits.view(torch.float16).float().mul_(2.0**8)
 
 
 def e4m3_weight(codes: Tensor) -> Tensor:

@@ -117,10 +117,10 @@ class Float4(Codebook):
         yield q
         bias = -q.scale.double().log2()  # [out, 1]
         for point in range(POINTS):
-            alpha = torch.exp2(-self._moved(bias, point)).clamp_(_SMALLEST_ALPHA, _LARGEST_ALPHA)
+            alpha = torch.exp2(-self.moved(bias, point)).clamp_(_SMALLEST_ALPHA, _LARGEST_ALPHA)
             yield replace(q, scale=alpha.float())
 
-    def _moved(self, bias: Tensor, point: int) -> Tensor:
+    def moved(self, bias: Tensor, point: int) -> Tensor:
         """Return a point of the grid around the min-max biases, float64."""
         if self.grid == "additive":
             return bias + (_DELTA_START + point * (_DELTA_STOP - _DELTA_START) / (POINTS - 1))

@@ -7,8 +7,8 @@ raises on. (An unknown `quant_method` alone would only warn, and load random wei
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 import torch
 
@@ -22,12 +22,25 @@ SCALE_DTYPES = {None: None, "bfloat16": torch.bfloat16, "float16": torch.float16
 """Dtype of the scales of formats that store them in the checkpoint's dtype; None for the others."""
 
 
+Steps: TypeAlias = tuple[dict[str, object], ...]
+"""What happens to a layer's input, in order, as JSON; see `compressor.inputs.rebuild`."""
+
+
 @dataclass(frozen=True)
 class NativeSchemes:
-    """A parsed native `quantization_config`: module name on disk -> format."""
+    """A parsed native `quantization_config`.
+
+    Attributes:
+        entries: Name, group size and dtype of scales of each format.
+        modules: Module name on disk -> its format.
+        inputs: The different treatments of inputs.
+        module_inputs: Module name on disk -> its treatment; others have none.
+    """
 
     entries: tuple[tuple[str, GroupSize, torch.dtype | None], ...]
     modules: Mapping[str, int]
+    inputs: tuple[Steps, ...] = ()
+    module_inputs: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def parse(cls, config: Mapping[str, Any]) -> NativeSchemes:
@@ -55,7 +68,7 @@ class NativeSchemes:
         for module, index in modules.items():
             if not isinstance(index, int) or not 0 <= index < len(parsed):
                 raise CheckpointError(f"quantization_config: {module} has format {index!r}", "config.json is damaged")
-        return cls(tuple(parsed), dict(modules))
+        return cls(tuple(parsed), dict(modules), *_parse_inputs(config, modules))
 
     def find(self, names: Sequence[str], dtype: torch.dtype) -> QuantFormat | None:
         """Return the format of a module, or None if it is dense.
@@ -69,6 +82,28 @@ class NativeSchemes:
             return None
         name, group_size, stored = self.entries[index]
         return get_format(name, group_size, stored or dtype)
+
+    def steps(self, names: Sequence[str]) -> Steps:
+        """Return what happens to the input of a packed module, in order, as JSON; `names` as for `find`."""
+        index = self.module_inputs.get(names[0])
+        return () if index is None else self.inputs[index]
+
+
+def _parse_inputs(config: Mapping[str, Any], modules: Mapping[str, int]) -> tuple[tuple[Steps, ...], dict[str, int]]:
+    """Return the treatments of inputs and which module has which; older configs have neither.
+
+    Raises:
+        CheckpointError: They are damaged.
+    """
+    lists, owners = config.get("inputs", []), config.get("module_inputs", {})
+    sound = isinstance(lists, list) and isinstance(owners, Mapping)
+    sound = sound and all(isinstance(steps, list) and all(isinstance(s, Mapping) for s in steps) for steps in lists)
+    if not sound:
+        raise CheckpointError("quantization_config: inputs or module_inputs are damaged", "config.json is damaged")
+    for module, index in owners.items():
+        if module not in modules or not isinstance(index, int) or not 0 <= index < len(lists):
+            raise CheckpointError(f"quantization_config: {module} has inputs {index!r}", "config.json is damaged")
+    return tuple(tuple(dict(step) for step in steps) for steps in lists), dict(owners)
 
 
 def native_entry(fmt: QuantFormat) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Reading a compressed-tensors config: which format each module is stored in.
 
 The container is described by `quantization_config` in config.json: groups of modules with one scheme each, chosen by
-targets and an ignore list. Anything we could only run by leaving something out (activation quantization, a KV cache
-scheme, transforms, sparsity) is refused here, because scores of such a run would be those of another model.
+targets and an ignore list. Anything we could only run by leaving something out (an unknown scheme of inputs or of the
+KV cache, quantized outputs, transforms, sparsity) is refused here: scores of such a run would be another model's.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from typing import Any
 import torch
 
 from compressor.errors import CheckpointError, UnsupportedError
+from compressor.formats.activations import InputFormat, input_format_from
 from compressor.formats.base import QuantFormat
 from compressor.formats.fp8 import BLOCK, FP8, Granularity
+from compressor.formats.int_bytes import IntBytes
 from compressor.formats.ints import IntFormat
 from compressor.formats.mxfp4 import MXFP4
 from compressor.formats.mxfp8 import MXFP8
@@ -46,12 +48,14 @@ class Group:
         targets: Module names, `re:` patterns or class names.
         container: compressed-tensors format name, e.g. `pack-quantized`.
         weights: The `weights` arguments.
+        inputs: How the inputs are rounded, or None.
     """
 
     name: str
     targets: tuple[str, ...]
     container: str
     weights: Mapping[str, Any]
+    inputs: InputFormat | None = None
 
     def build(self, dtype: torch.dtype) -> QuantFormat:
         """Return the format object; see `format_from_scheme`."""
@@ -130,9 +134,17 @@ class Schemes:
         Raises:
             UnsupportedError: A scheme that is not supported.
         """
-        groups = (self.group_of(name, _LINEAR) for name in names)
-        group = next((entry for entry in groups if entry), None)
+        group = self._group(names)
         return group.build(dtype) if group else None
+
+    def steps(self, names: Sequence[str]) -> tuple[dict[str, object], ...]:
+        """Return what happens to the input of a packed module, in order, as JSON; `names` as for `find`."""
+        group = self._group(names)
+        return (group.inputs.describe(),) if group and group.inputs else ()
+
+    def _group(self, names: Sequence[str]) -> Group | None:
+        groups = (self.group_of(name, _LINEAR) for name in names)
+        return next((entry for entry in groups if entry), None)
 
 
 def format_from_scheme(scheme: Mapping[str, Any], container: str, dtype: torch.dtype) -> QuantFormat:
@@ -168,6 +180,10 @@ def format_from_scheme(scheme: Mapping[str, Any], container: str, dtype: torch.d
         if strategy == "group" and isinstance(size, int) and size > 0:
             return IntFormat(bits, size, dtype, symmetric)
         raise _unsupported(container, "strategy, group_size", (strategy, size))
+    if container == "int-quantized":
+        if (bits, kind) != (8, "int") or strategy not in ("channel", "tensor"):
+            raise _unsupported(container, "num_bits, type, strategy", (bits, kind, strategy))
+        return IntBytes(None, dtype, per_tensor=strategy == "tensor")
     if container == "float-quantized":
         if (bits, kind) != (8, "float"):
             raise _unsupported(container, "num_bits, type", (bits, kind))
@@ -180,7 +196,7 @@ def format_from_scheme(scheme: Mapping[str, Any], container: str, dtype: torch.d
     if container not in fixed:
         raise UnsupportedError(
             f"compressed-tensors format {container!r} is not supported",
-            f"supported are: pack-quantized, float-quantized, {', '.join(fixed)}",
+            f"supported are: pack-quantized, int-quantized, float-quantized, {', '.join(fixed)}",
         )
     expected, fmt = fixed[container]
     if (bits, kind, strategy, size) != (fmt.bits, "float", expected, fmt.group_size):
@@ -206,16 +222,19 @@ def _unsupported(container: str, key: str, value: object) -> UnsupportedError:
 def _group(name: str, entry: Any, default: Any) -> Group:
     if not isinstance(entry, Mapping) or not isinstance(entry.get("weights"), Mapping):
         raise CheckpointError(f"config_groups.{name}: has no weights scheme", "config.json is damaged")
-    for key in ("input_activations", "output_activations"):
-        if entry.get(key) is not None:
-            raise UnsupportedError(
-                f"config_groups.{name}: {key} are quantized, which is not simulated here",
-                "a score without it would be that of another model; use a weight-only checkpoint",
-            )
+    if entry.get("output_activations") is not None:
+        raise UnsupportedError(
+            f"config_groups.{name}: output_activations are quantized, which is not simulated here",
+            "a score without it would be that of another model; use another checkpoint",
+        )
+    inputs = entry.get("input_activations")
+    if inputs is not None and not isinstance(inputs, Mapping):
+        raise CheckpointError(f"config_groups.{name}: input_activations is {inputs!r}", "config.json is damaged")
     container = entry.get("format") or default
     if not isinstance(container, str) or container == _MIXED:
         raise CheckpointError(f"config_groups.{name}: format is {container!r}", "each group must name its format")
-    return Group(name, _strings(entry.get("targets"), f"config_groups.{name}.targets"), container, entry["weights"])
+    targets = _strings(entry.get("targets"), f"config_groups.{name}.targets")
+    return Group(name, targets, container, entry["weights"], None if inputs is None else input_format_from(inputs))
 
 
 def _strings(value: Any, where: str) -> tuple[str, ...]:

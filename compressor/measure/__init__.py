@@ -91,7 +91,7 @@ def evaluate(
     if batch_size < 1 or max_tokens < 2:
         raise RecipeError(f"batch size {batch_size}, {max_tokens} tokens", "give at least 1 and 2")
     candidate = Subject(str(model), where, context, trust_remote_code)
-    baseline = baseline or _original_of(candidate.folder)
+    baseline = baseline or original_of(candidate.folder)
     original = Subject(baseline, where, context, trust_remote_code) if baseline else None
     specs = choose(tasks, suite, has_baseline=original is not None, num_fewshot=num_fewshot, limit=limit)
     # A model known by name lies in a cache, which is no place for results.
@@ -106,7 +106,7 @@ def evaluate(
     return Evaluated(found, reference, _write(target, found, reference) if target else ())
 
 
-def _original_of(folder: Path) -> str | None:
+def original_of(folder: Path) -> str | None:
     """Return the model a result was made from, as its saved recipe says; None for what is no result of ours."""
     recipe = folder / RECIPE
     if not recipe.is_file():

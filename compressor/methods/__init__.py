@@ -21,6 +21,8 @@ METHODS: dict[str, str] = {
     "flexround": "compressor.methods.flexround:FlexRound",
     "fp4": "compressor.methods.fp4:FP4",
     "gptq": "compressor.methods.gptq:GPTQ",
+    "nupes": "compressor.methods.nupes:Nupes",
+    "outliertune": "compressor.methods.outliertune:OutlierTune",
     "rtn": "compressor.methods.rtn:RTN",
     "smoothquant": "compressor.methods.smoothquant:SmoothQuant",
 }
@@ -31,6 +33,8 @@ SUMMARIES: dict[str, str] = {
     "flexround": "FlexRound: learn each weight's rounding and the grid, block by block",
     "fp4": "LLM-FP4: search the scales that minimise each layer's output error; 4-bit floats",
     "gptq": "GPTQ: round input by input, moving each error onto the weights still to come",
+    "nupes": "NUPES: grids of powers, exponent and codes learned block by block, or the exponent searched without data",
+    "outliertune": "OutlierTune: inputs in integers, their static scales per channel moved into the weights",
     "rtn": "round to nearest on a min-max or clipped grid; no data, seconds, the baseline",
     "smoothquant": "SmoothQuant: move outliers of inputs into the weights, then round to nearest",
 }

@@ -7,7 +7,7 @@ format, and a random generator of its own, and returns decisions.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -16,7 +16,15 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from compressor.calibration.stats import Accumulator, MaxAbs, MeanAbs, SecondMoment, Statistic
+from compressor.calibration.stats import (
+    Accumulator,
+    ChannelRange,
+    InputSample,
+    MaxAbs,
+    MeanAbs,
+    SecondMoment,
+    Statistic,
+)
 from compressor.decision import Outcome
 from compressor.errors import NumericalError
 from compressor.formats.base import QParams, QuantFormat
@@ -63,12 +71,14 @@ class Layer:
         weight: `[out, in]` float32; a copy the method may keep but must not change in place.
         global_scale: Min-max global scale of the fused set this layer belongs to, for formats that have one.
         stats: Statistics the method asked for; empty for data-free methods.
+        steps: What is planned for its input, in order, as JSON; see `compressor.inputs.rebuild`.
     """
 
     ref: WeightRef
     weight: Tensor
     global_scale: Tensor | None = None
     stats: Mapping[Statistic, Accumulator] = field(default_factory=dict)
+    steps: tuple[dict[str, object], ...] = ()
 
     @property
     def n_tokens(self) -> int:
@@ -91,8 +101,8 @@ class Layer:
             raise self._not_finite(total)
         return value
 
-    def magnitude(self, spec: MeanAbs | MaxAbs) -> Tensor:
-        """Return the mean or the largest `|x|` of every input channel, float32 `[in]`.
+    def magnitude(self, spec: MeanAbs | MaxAbs | ChannelRange | InputSample) -> Tensor:
+        """Return the mean or the largest `|x|` of every input channel, float32 `[in]`, its range `[3, in]`, or rows.
 
         Raises:
             NumericalError: It holds NaN or Inf, or squares of inputs overflow float32.
@@ -144,9 +154,17 @@ class Method(Protocol):
 
     name: ClassVar[str]
     summary: ClassVar[str]
-    scope: ClassVar[Scope]
-    stream: ClassVar[Stream]
     Options: ClassVar[type[MethodOptions]]
+
+    @property
+    def scope(self) -> Scope:
+        """How much it must see at once; options may decide."""
+        ...
+
+    @property
+    def stream(self) -> Stream:
+        """Which inputs it wants; options may decide."""
+        ...
 
     def stats(self, fmt: QuantFormat) -> tuple[Statistic, ...]:
         """Return the statistics to collect; empty for data-free methods."""
@@ -154,6 +172,18 @@ class Method(Protocol):
 
     def refuse(self, ref: WeightRef, fmt: QuantFormat) -> str | None:
         """Return why this pair of weight and format is not possible, or None. Headers only: no values exist yet."""
+        ...
+
+
+@runtime_checkable
+class SurveyMethod(Method, Protocol):
+    """Looks at all weights before the first block is decided, for what the whole network must agree on."""
+
+    def survey(self, layers: Callable[[], Iterator[tuple[Layer, QuantFormat]]]) -> None:
+        """Look at the layers, one at a time and without statistics, if it needs to; every call starts from the first.
+
+        What is found must depend on the weights alone: a resumed run surveys again.
+        """
         ...
 
 

@@ -37,8 +37,8 @@ from compressor.plan import WeightRef
 class FlexRoundOptions(LearningOptions):
     """Options of FlexRound."""
 
-    start: Literal["gptq", "mse", "minmax"] = Field(
-        "gptq", description="before learning: what gptq makes of the layers, or grids: mse (clipped), minmax"
+    start: Literal["mse", "gptq", "minmax"] = Field(
+        "mse", description="before learning: a grid, mse (clipped) or minmax; or what gptq makes of the layers"
     )
     lr: float | None = Field(None, ge=0, le=1, description="learning rate of the logarithms; if unset 0.16 / 2**bits")
     lr_scale: float | None = Field(None, ge=0, le=1, description="learning rate of the grid size; lr if unset")

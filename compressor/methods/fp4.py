@@ -1,6 +1,7 @@
 """LLM-FP4's search on 4-bit floats: choose grids and scales that minimise each layer's output error.
 
-Liu et al. 2023, "LLM-FP4: 4-Bit Floating-Point Quantized Transformers", arXiv 2310.16836, section 3 (weight-only).
+Liu et al. 2023, "LLM-FP4: 4-Bit Floating-Point Quantized Transformers", arXiv 2310.16836, section 3. The search for
+weights alone is here; with inputs in the paper's own floats (`fpq4`, `fpq6`, `fpq8`) `fp4_inputs.py` searches both.
 
 The objective is the paper's: `||X W'^T - X W^T||^2` on full-precision calibration inputs, which per row of `W` is
 `d H d^T` with `d = w' - w` and `H = sum x x^T`.
@@ -33,10 +34,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from compressor.calibration.stats import SecondMoment
+from compressor.calibration.stats import InputSample, MaxAbs, SecondMoment, Statistic
 from compressor.decision import Outcome, Quantized
+from compressor.formats.activations import GLOBAL_SCALE, INPUT_FORMATS, InputFormat
 from compressor.formats.base import QParams, QuantFormat, SearchableFormat
+from compressor.inputs import Quantize
 from compressor.methods.base import Layer, MethodOptions, Scope, Stream
+from compressor.methods.fp4_inputs import JointSearch
+from compressor.methods.fp4_rows import row_errors
+from compressor.methods.rounding import InputSite
 from compressor.plan import WeightRef
 
 _ELEMENTS = 1 << 22
@@ -44,9 +50,6 @@ _ELEMENTS = 1 << 22
 
 _ROWS = 128
 """Rows searched at once at least, if memory allows: fewer make products of matrices slow."""
-
-_NARROWEST = 96
-"""Columns below which a product of matrices is no longer efficient."""
 
 
 class FP4Options(MethodOptions):
@@ -56,6 +59,10 @@ class FP4Options(MethodOptions):
         2, ge=0, le=20, description="passes of coordinate descent over all groups with the full second moment"
     )
     globals: int = Field(4, ge=1, le=64, description="global scales tried (formats that have one)")
+    offsets: bool = Field(True, description="fpq inputs: powers of two per channel (the paper's pre-shifted bias)")
+    rounds: int = Field(3, ge=1, le=20, description="fpq inputs: times weights and inputs are searched in turn")
+    points: int = Field(25, ge=1, le=100, description="fpq inputs: biases of inputs tried in each step; the paper: 100")
+    tokens: int = Field(256, ge=1, le=65_536, description="inputs sampled for the searches that look at them")
 
 
 class FP4:
@@ -80,14 +87,29 @@ class FP4:
             return f"method fp4 searches 4-bit float formats (nvfp4, mxfp4, fp4), not {fmt.name}"
         return None
 
+    def input_format(self, wanted: str | None, weights: str | None) -> str | None:
+        """Return what is wanted: every format will do."""
+        return wanted
+
+    def input_stats(self, fmt: InputFormat) -> tuple[Statistic, ...]:
+        """Return a sample of the inputs, and each channel's largest magnitude, where inputs are searched."""
+        return (InputSample(self.options.tokens), MaxAbs()) if searches(fmt) else ()
+
+    def steps(self, fmt: InputFormat, site: InputSite) -> tuple[dict[str, object], ...]:
+        """Return the format where its parameters are searched; others are left to the engine."""
+        return (fmt.describe(),) if searches(fmt) else ()
+
     def solve_group(self, layers: Sequence[Layer], fmt: QuantFormat, generator: torch.Generator) -> Outcome:
         """Choose the grid of every layer, or the global scale they share, then every scale."""
         assert isinstance(fmt, SearchableFormat)
         unseen = [layer for layer in layers if layer.n_tokens == 0]
         if unseen:
             # Only experts can be unseen. Their error has no data to be measured on: round to nearest, and say so.
-            decisions = {layer.ref.name: _quantized(layer, fmt, layer.fit(fmt)) for layer in layers}
-            return Outcome(decisions, tuple(f"{layer.ref.name}: no calibration token reached it" for layer in unseen))
+            plain = {layer.ref.name: self._unseen(layer, fmt) for layer in layers}
+            return Outcome(plain, tuple(f"{layer.ref.name}: no calibration token reached it" for layer in unseen))
+        wanted = INPUT_FORMATS.get(str(layers[0].steps[0].get("format"))) if layers[0].steps else None
+        if wanted is not None and wanted.searched and fmt.group_size is None:
+            return Outcome({layer.ref.name: self._jointly(layer, fmt, wanted.bits, layer.fit(fmt)) for layer in layers})
         moments = [layer.second_moment(SecondMoment()) for layer in layers]
         if fmt.group_size is None:
             splits = [search_splits(layer, fmt, moment) for layer, moment in zip(layers, moments, strict=True)]
@@ -97,12 +119,47 @@ class FP4:
         for first in range(0, len(layers), together):
             part = slice(first, first + together)
             chosen += self._first_pass(layers[part], fmt, moments[part])
-        decisions = {}
+        decisions: dict[str, Quantized] = {}
         for layer, q, moment in zip(layers, chosen, moments, strict=True):
             for _ in range(self.options.sweeps):
                 q = sweep(layer.weight, fmt, q, moment)
             decisions[layer.ref.name] = _quantized(layer, fmt, q)
+            if wanted is not None and wanted.searched:
+                decisions[layer.ref.name] = self._jointly(layer, fmt, wanted.bits, q)
+        if wanted is not None and wanted.suffix == GLOBAL_SCALE:
+            ops = self._global_scale(layers, fmt, [decisions[layer.ref.name] for layer in layers], wanted)
+            decisions = {name: replace(decision, inputs=(ops,)) for name, decision in decisions.items()}
         return Outcome(decisions)
+
+    def _jointly(self, layer: Layer, fmt: SearchableFormat, bits: int, q: QParams) -> Quantized:
+        """Search inputs, and weights with them where their scales span rows; others keep `q`."""
+        x = layer.magnitude(InputSample(self.options.tokens))
+        search = JointSearch(
+            layer.weight, x, layer.magnitude(MaxAbs()), fmt, bits, self.options.offsets, self.options.points, q
+        )
+        search.run(self.options.rounds)
+        return Quantized(fmt.encode(layer.weight, search.q), search.q, (search.op,))
+
+    def _global_scale(
+        self, layers: Sequence[Layer], fmt: SearchableFormat, decisions: Sequence[Quantized], wanted: InputFormat
+    ) -> Quantize:
+        """Return the rounding of inputs with the global scale that gives the layers that share it the least error."""
+        start = Quantize.calibrated(wanted, layers[0].magnitude(MaxAbs()).amax(), torch.float32)
+        assert start.scale is not None
+        x = layers[0].magnitude(InputSample(self.options.tokens))
+        weights = torch.cat([fmt.round(layer.weight, d.qparams) for layer, d in zip(layers, decisions, strict=True)])
+        target = x @ torch.cat([layer.weight for layer in layers]).T
+        best, least = start, torch.inf
+        for factor in _INPUT_FACTORS:
+            trial = replace(start, scale=start.scale * factor)
+            error = float((trial.apply(x) @ weights.T - target).square().sum(dtype=torch.float64))
+            if error < least:
+                best, least = trial, error
+        return best
+
+    def _unseen(self, layer: Layer, fmt: SearchableFormat) -> Quantized:
+        assert not layer.steps, f"{layer.ref.name}: inputs of experts are not rounded, and others are never unseen"
+        return _quantized(layer, fmt, layer.fit(fmt))
 
     def _first_pass(self, layers: Sequence[Layer], fmt: SearchableFormat, moments: list[Tensor]) -> list[QParams]:
         """Return parameters, under one global scale if there is one, with a summed error at most that of rounding."""
@@ -127,6 +184,18 @@ class FP4:
             ]
             finalists.append((sum(error for _, error in rows), [q for q, _ in rows]))
         return min(finalists, key=lambda entry: entry[0])[1]
+
+
+_INPUT_FACTORS = (1.0, *(2 ** (i / 8) for i in (-1, 1, 2, 3, 4, 6, 8, 12, 16)))
+"""Global scales of inputs tried, as factors of the divisor that covers them; the one that does comes first.
+
+Scales of groups are FP8, and saturate at 448: a larger divisor clips the loudest groups and spares the quiet ones.
+"""
+
+
+def searches(fmt: InputFormat) -> bool:
+    """Return whether this method searches the parameters of a format of inputs."""
+    return fmt.searched or fmt.suffix == GLOBAL_SCALE
 
 
 def _quantized(layer: Layer, fmt: QuantFormat, q: QParams) -> Quantized:
@@ -181,23 +250,6 @@ def search_rows(
         scales.append(best)
         total += float(least.sum(dtype=torch.float64))
     return (replace(start, scale=torch.cat(scales)), total) if total < limit else (start, torch.inf)
-
-
-def row_errors(delta: Tensor, triangle: Tensor) -> Tensor:
-    """Return `d H d^T` of every row of `delta` `[rows, in]`, as `[rows, 1]`.
-
-    Args:
-        delta: Rounding errors.
-        triangle: `[in, in]` upper triangle of `H` with everything above the diagonal doubled, zeros below. Only blocks
-            that are not zero are multiplied, which is little more than half of `H`.
-    """
-    width = max(delta.shape[1] // 8, _NARROWEST)
-    total = delta.new_zeros(delta.shape[0], 1)
-    for start in range(0, delta.shape[1], width):
-        stop = min(start + width, delta.shape[1])
-        slope = delta[:, :stop] @ triangle[:stop, start:stop]
-        total += slope.mul_(delta[:, start:stop]).sum(-1, keepdim=True)
-    return total
 
 
 def diagonal_blocks(moment: Tensor, size: int) -> Tensor:

@@ -19,6 +19,7 @@ Differs from the paper:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -31,6 +32,7 @@ from compressor.errors import NumericalError
 from compressor.formats.base import QParams, QuantFormat, ScaledFormat, SearchableFormat
 from compressor.methods.base import Layer, MethodOptions, Scope, Stream
 from compressor.methods.columns import Choose, Curvature, compensate, try_scales
+from compressor.methods.exponent import searched
 from compressor.methods.grids import best_start, mse_clip, rows_of
 from compressor.plan import WeightRef
 
@@ -81,7 +83,8 @@ class GPTQ:
         """Refuse formats whose grid cannot be asked about one column."""
         if not isinstance(fmt, ScaledFormat):
             return (
-                f"method gptq rounds with integers and 4-bit floats (int2 ... int8, nvfp4, mxfp4, fp4), not {fmt.name}"
+                "method gptq rounds with integers, 4-bit floats and powers (int2 ... int8, nvfp4, mxfp4, fp4, power2 ... "
+                f"power8), not {fmt.name}"
             )
         return None
 
@@ -138,7 +141,8 @@ class GPTQ:
         )
 
     def _solve(self, layer: Layer, fmt: ScaledFormat, curvature: Curvature) -> Quantized:
-        """Choose scales, now or as the loop goes, and round."""
+        """Choose the exponent of a power grid, scales, now or as the loop goes, and round."""
+        fmt = searched(layer.weight, fmt, clip=self.options.grid != "minmax")
         on_arrival = self.options.order == "group" and fmt.group_size is not None
         fixed = None if on_arrival else self._scales(layer.weight, fmt, layer.fit(fmt), curvature.variance)
         whole = fixed is not None and fmt.steps(fixed).shape[0] == 1  # one scale for all rows
@@ -202,4 +206,4 @@ def stacked(parts: Sequence[QParams]) -> QParams:
     # As bytes: torch joins FP8 values on some devices only.
     scale = torch.cat([q.scale.view(torch.uint8) for q in parts]).view(first.scale.dtype)
     zeros = [q.zero_point for q in parts if q.zero_point is not None]
-    return QParams(scale, torch.cat(zeros) if zeros else None, first.global_scale, first.codebook)
+    return replace(first, scale=scale, zero_point=torch.cat(zeros) if zeros else None)

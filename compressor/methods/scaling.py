@@ -74,10 +74,13 @@ class Factors:
     Attributes:
         c: `[channels]` float32, positive; among the storable ones.
         events: Sentences about fall-backs; each ends in the report.
+        shift: `[channels]` float32 to subtract before the division, moved into biases; None for none. Only for folds
+            with `shifted` biases, and statistics that can be shifted.
     """
 
     c: Tensor
     events: tuple[str, ...] = ()
+    shift: Tensor | None = None
 
 
 @runtime_checkable

@@ -7,7 +7,8 @@ With `a` the largest magnitude of each input channel and `b` that of its column 
 `c = a^alpha / b^(1 - alpha)`, folded into the norm before. Weights are then rounded to nearest.
 
 Differs from the paper:
-- Only weights are quantized so far. The inputs are made easier to quantize, but nothing quantizes them yet.
+- Inputs are rounded as the recipe says (`--inputs`), on scales of compressed-tensors: the largest magnitude is half of
+  all steps, where the authors' code maps it to the largest positive code. Attention's operands are not rounded.
 - Channels that are silent in the calibration data are left alone.
 """
 

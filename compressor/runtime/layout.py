@@ -22,6 +22,7 @@ from compressor.errors import CheckpointError, UnsupportedError
 from compressor.formats.base import QuantFormat
 from compressor.formats.native import NativeSchemes
 from compressor.formats.schemes import Schemes
+from compressor.inputs import stored_slots
 from compressor.runtime.modules import FUSED
 from compressor.runtime.stored import (
     PACKED,
@@ -30,6 +31,7 @@ from compressor.runtime.stored import (
     check_stored,
     codes_name,
     format_of,
+    owned_suffix,
     packed_modules,
 )
 
@@ -43,17 +45,20 @@ class PackedWeight:
         target: The parameter it replaces.
         fmt: How to read it.
         shape: `[out, in]`.
+        steps: What happens to the input, in order, as JSON.
     """
 
     module: str
     target: Target
     fmt: QuantFormat
     shape: tuple[int, int]
+    steps: tuple[dict[str, object], ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
         """The tensors on disk."""
-        return tuple(f"{self.module}.{suffix}" for suffix in self.fmt.layout(self.shape))
+        suffixes = (*self.fmt.layout(self.shape), *stored_slots(self.steps, self.shape, torch.float32))
+        return tuple(f"{self.module}.{suffix}" for suffix in suffixes)
 
     @property
     def role(self) -> str:
@@ -119,9 +124,9 @@ def read_layout(model: PreTrainedModel, source: Source, schemes: AnySchemes | No
 
 
 def _owner(name: str) -> str | None:
-    """Return the module a `weight` or `weight_*` tensor would belong to if it is packed, or None for any other."""
+    """Return the module a tensor would belong to if that is packed, or None for one that belongs to no such module."""
     module, _, suffix = name.rpartition(".")
-    return module if suffix == "weight" or suffix.startswith("weight_") else None
+    return module if owned_suffix(suffix) else None
 
 
 def _packed_weight(
@@ -139,9 +144,11 @@ def _packed_weight(
             "only linear layers and experts that have all their projections can",
         )
     shape = (int(place.shape[0]), int(place.shape[1]))
-    fmt = format_of((module, str(target.param).removesuffix(".weight")), schemes, dtype)
-    check_stored(source, module, fmt, shape)
-    return PackedWeight(module, target, fmt, shape)
+    names = (module, str(target.param).removesuffix(".weight"))
+    fmt = format_of(names, schemes, dtype)
+    steps = schemes.steps(names) if schemes else ()
+    check_stored(source, module, fmt, shape, steps)
+    return PackedWeight(module, target, fmt, shape, steps)
 
 
 def _sort(

@@ -22,10 +22,11 @@ from compressor.checkpoint.source import Source, check_finite
 from compressor.errors import CheckpointError, UnsupportedError
 from compressor.formats.base import PackedTensor
 from compressor.formats.schemes import Schemes
+from compressor.inputs import InputOp
 from compressor.kernels import dispatch
 from compressor.runtime.layout import Layout, PackedWeight, read_layout
 from compressor.runtime.modules import PackedExperts, PackedLinear, refuse_experts
-from compressor.runtime.stored import assemble, open_checkpoint
+from compressor.runtime.stored import assemble, assemble_inputs, open_checkpoint
 
 BATCH_BYTES = 256 << 20
 """About how much is read from disk at once."""
@@ -61,8 +62,8 @@ def load(
     for name, weight in layout.linears.items():
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        packed = _read_packed(source, [weight], device)[0]
-        model.set_submodule(name, PackedLinear(packed, weight.fmt, linear.bias, dtype=dtype))
+        packed, inputs = _read_packed(source, [weight], dtype, device)[0]
+        model.set_submodule(name, PackedLinear(packed, weight.fmt, linear.bias, inputs, dtype))
     for name, weights in layout.experts.items():
         model.set_submodule(name, _experts(model.get_submodule(name), name, source, weights, dtype, device))
     model.tie_weights()
@@ -80,11 +81,13 @@ def execution_path(model: nn.Module, m: int = 1) -> str:
     dtype = str(layers[0].dtype if layers else next(model.parameters()).dtype).removeprefix("torch.")
     if not layers:
         return f"dense-{dtype}"
-    kernels, formats = set(), set()
+    kernels, formats, inputs = set(), set(), set()
     for layer in layers:
         kernels.add(dispatch.pick(layer.problem(m)).name)
         formats.add(layer.fmt.name)
-    return f"{'+'.join(sorted(kernels))}-{dtype} (packed {'+'.join(sorted(formats))})"
+        inputs |= {str(step.describe().get("format", step.describe()["op"])) for step in layer.inputs}
+    rounded = f", inputs {'+'.join(sorted(inputs))}" if inputs else ""
+    return f"{'+'.join(sorted(kernels))}-{dtype} (packed {'+'.join(sorted(formats))}{rounded})"
 
 
 def _build(path: Path, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
@@ -169,14 +172,18 @@ def _check_ties(model: PreTrainedModel, source: Source, layout: Layout) -> None:
                 )
 
 
-def _read_packed(source: Source, weights: Sequence[PackedWeight], device: torch.device) -> list[PackedTensor]:
-    """Read packed weights in one pass over their files."""
+def _read_packed(
+    source: Source, weights: Sequence[PackedWeight], dtype: torch.dtype, device: torch.device
+) -> list[tuple[PackedTensor, tuple[InputOp, ...]]]:
+    """Read packed weights, and what happens to their inputs, in one pass over their files."""
     stored = source.read(name for weight in weights for name in weight.names)
     out = []
     for weight in weights:
         tensors = {name: stored.pop(name) for name in weight.names}
         packed = assemble(weight.module, weight.fmt, weight.shape, tensors)
-        out.append(replace(packed, tensors={key: value.to(device) for key, value in packed.tensors.items()}))
+        inputs = assemble_inputs(weight.module, weight.steps, weight.shape, tensors, dtype)
+        packed = replace(packed, tensors={key: value.to(device) for key, value in packed.tensors.items()})
+        out.append((packed, inputs))
     return out
 
 
@@ -193,12 +200,12 @@ def _experts(
         raise UnsupportedError(f"{name} ({type(module).__name__}): {reason}", "leave these experts uncompressed")
     experts: dict[int, dict[str, PackedLinear]] = {}
     roles: dict[str, str] = {}
-    for weight, packed in zip(weights, _read_packed(source, weights, device), strict=True):
+    for weight, (packed, inputs) in zip(weights, _read_packed(source, weights, dtype, device), strict=True):
         leaf = weight.module.rpartition(".")[2]
         assert weight.target.where.expert is not None
         roles[weight.role] = leaf
         layers = experts.setdefault(weight.target.where.expert, {})
-        layers[leaf] = PackedLinear(packed, weight.fmt, dtype=dtype)
+        layers[leaf] = PackedLinear(packed, weight.fmt, inputs=inputs, dtype=dtype)
     return PackedExperts(module, [experts[index] for index in sorted(experts)], roles)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from compressor.errors import UnsupportedError
 from compressor.formats.base import PackedTensor, QuantFormat
-from compressor.inputs import InputOp, apply_ops, rebuild
+from compressor.inputs import InputOp, apply_ops, carried, rebuild
 from compressor.kernels import dispatch
 from compressor.kernels.reference.linear import dequantize
 
@@ -109,9 +109,14 @@ class PackedLinear(nn.Module):
         """Return `[..., out]` in the dtype of `x` `[..., in]`."""
         if not torch.compiler.is_compiling():
             self.prepare()
+        bias: Tensor | None = self.bias
+        if self._steps:
+            ops = self.inputs
+            x, carry = apply_ops(ops, x), carried(ops)
+            bias = bias if carry is None else carry if bias is None else bias + carry
         if self._prepared is not None:
-            return self._prepared.linear(apply_ops(self.inputs, x), self.bias, self.dtype)
-        return dispatch.linear(apply_ops(self.inputs, x), self.packed, self.fmt, self.bias, self.dtype)
+            return self._prepared.linear(x, bias, self.dtype)
+        return dispatch.linear(x, self.packed, self.fmt, bias, self.dtype)
 
     def extra_repr(self) -> str:
         """Describe the layer inside `print(model)`."""

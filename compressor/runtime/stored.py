@@ -11,9 +11,11 @@ from torch import Tensor
 
 from compressor.checkpoint.source import DTYPES, Source, fits, read_headers, read_json
 from compressor.errors import CheckpointError
+from compressor.formats.activations import GLOBAL_SCALE, SCALE
 from compressor.formats.base import PackedTensor, QuantFormat
 from compressor.formats.native import QUANT_METHOD, NativeSchemes
 from compressor.formats.schemes import Schemes
+from compressor.inputs import InputOp, rebuild, stored_slots
 
 PACKED = ".weight_packed"
 
@@ -78,18 +80,28 @@ def dequantized(path: str | Path) -> Iterator[tuple[str, Tensor]]:
     modules = set(packed_modules(source))
     for name in source.tensors:
         module, _, suffix = name.rpartition(".")
-        if module in modules and (suffix == "weight" or suffix.startswith("weight_")):
+        if owned_suffix(suffix) and module in modules:
             if name != codes_name(source, module):
                 continue
-            fmt = format_of((module,), schemes, _scale_dtype(source, module))
-            shape = _stored_shape(source, module, fmt)
-            check_stored(source, module, fmt, shape)
-            tensors = source.read(f"{module}.{suffix}" for suffix in fmt.layout(shape))
-            packed = assemble(module, fmt, shape, tensors)
+            fmt, packed = read_packed(source, schemes, module)
             yield f"{module}.weight", fmt.decode(*fmt.unpack(packed))
         else:
             tensor = source.read([name])[name]
             yield name, tensor.float() if tensor.is_floating_point() else tensor
+
+
+def read_packed(source: Source, schemes: AnySchemes | None, module: str) -> tuple[QuantFormat, PackedTensor]:
+    """Read one packed weight from disk alone, without a model.
+
+    Raises:
+        CheckpointError: It is damaged, or the config says nothing about it.
+        UnsupportedError: A scheme that is not supported.
+    """
+    fmt = format_of((module,), schemes, _scale_dtype(source, module))
+    shape = _stored_shape(source, module, fmt)
+    check_stored(source, module, fmt, shape)
+    tensors = source.read(f"{module}.{suffix}" for suffix in fmt.layout(shape))
+    return fmt, assemble(module, fmt, shape, tensors)
 
 
 def packed_modules(source: Source) -> frozenset[str]:
@@ -108,6 +120,11 @@ def packed_modules(source: Source) -> frozenset[str]:
     quantized = "quantization_config" in source.config
     codes = (name for name, info in source.tensors.items() if name.endswith(".weight") and info.dtype in _CODES)
     return modules | {name.removesuffix(".weight") for name in codes if quantized or f"{name}_scale" in source.tensors}
+
+
+def owned_suffix(suffix: str) -> bool:
+    """Return whether a packed module's tensor may end in this: codes, scales, and what its input goes through."""
+    return suffix == "weight" or suffix.startswith(("weight_", "input_"))
 
 
 def codes_name(source: Source, module: str) -> str:
@@ -135,15 +152,24 @@ def format_of(names: Sequence[str], schemes: AnySchemes | None, dtype: torch.dty
     return fmt
 
 
-def check_stored(source: Source, module: str, fmt: QuantFormat, shape: tuple[int, int]) -> None:
+def check_stored(
+    source: Source, module: str, fmt: QuantFormat, shape: tuple[int, int], steps: Sequence[dict[str, object]] = ()
+) -> None:
     """Check dtypes and shapes of a packed module's tensors; integer formats' scales may have any float dtype.
+
+    Args:
+        source: The checkpoint.
+        module: Name on disk.
+        fmt: Its format.
+        shape: `[out, in]`.
+        steps: What happens to its input.
 
     Raises:
         CheckpointError: A tensor is missing or not what the format stores for a matrix of this shape.
     """
     if reason := fmt.refuse(shape):
         raise CheckpointError(f"{module}: {fmt.name}: {reason}", "does config.json belong to these weights?")
-    for suffix, slot in fmt.layout(shape).items():
+    for suffix, slot in {**fmt.layout(shape), **stored_slots(steps, shape, torch.float32)}.items():
         name = f"{module}.{suffix}"
         if name not in source.tensors:
             raise KeyMismatch(source.path, [name], [])
@@ -176,6 +202,29 @@ def assemble(module: str, fmt: QuantFormat, shape: tuple[int, int], tensors: dic
             )
         out[suffix] = tensor
     return PackedTensor(fmt.name, shape, out)
+
+
+def assemble_inputs(
+    module: str,
+    steps: Sequence[dict[str, object]],
+    shape: tuple[int, int],
+    tensors: dict[str, Tensor],
+    dtype: torch.dtype,
+) -> tuple[InputOp, ...]:
+    """Rebuild what happens to a module's input; static scales take the dtype of the model, as other readers cast them.
+
+    Raises:
+        CheckpointError: A value is not finite, or a scale not positive.
+    """
+    out = {}
+    for suffix, slot in stored_slots(steps, shape, dtype).items():
+        name = f"{module}.{suffix}"
+        tensor = tensors[name].to(slot.dtype)
+        sound = not tensor.is_floating_point() or torch.isfinite(tensor).all()
+        if not sound or (suffix in (SCALE, GLOBAL_SCALE) and not (tensor > 0).all()):
+            raise CheckpointError(f"{name}: has values that are NaN, Inf or no scale", "the checkpoint is damaged")
+        out[suffix] = tensor
+    return rebuild(steps, out)
 
 
 def _bad_scales(suffix: str, tensor: Tensor) -> int:

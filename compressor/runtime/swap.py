@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from compressor.checkpoint.skeleton import META, Skeleton, Target, without_exper
 from compressor.errors import CheckpointError
 from compressor.formats.base import PackedTensor, QuantFormat
 from compressor.formats.native import NativeSchemes
+from compressor.inputs import InputOp, rebuild, stored_slots
 from compressor.runtime.modules import PackedExperts, PackedLinear
 
 
@@ -40,7 +41,8 @@ def swap_native(model: PreTrainedModel, config: Mapping[str, Any]) -> None:
         if not isinstance(linear, nn.Linear):
             raise CheckpointError(f"{module}: is listed as packed, but is a {type(linear).__name__}", "wrong config?")
         packed = empty_packed(fmt, (linear.out_features, linear.in_features))
-        model.set_submodule(owner, PackedLinear(packed, fmt, linear.bias, dtype=dtype))
+        inputs = empty_inputs(schemes.steps((module,)), (linear.out_features, linear.in_features), dtype)
+        model.set_submodule(owner, PackedLinear(packed, fmt, linear.bias, inputs, dtype))
     for owner, members in experts.items():
         model.set_submodule(owner, _empty_experts(model.get_submodule(owner), members, dtype))
 
@@ -50,6 +52,12 @@ def empty_packed(fmt: QuantFormat, shape: tuple[int, int]) -> PackedTensor:
     slots = fmt.layout(shape).items()
     tensors = {suffix: torch.empty(slot.shape, dtype=slot.dtype, device=META) for suffix, slot in slots}
     return PackedTensor(fmt.name, shape, tensors)
+
+
+def empty_inputs(steps: Sequence[dict[str, object]], shape: tuple[int, int], dtype: torch.dtype) -> tuple[InputOp, ...]:
+    """Return what happens to a layer's input, tensors on meta."""
+    slots = stored_slots(steps, shape, dtype).items()
+    return rebuild(steps, {suffix: torch.empty(slot.shape, dtype=slot.dtype, device=META) for suffix, slot in slots})
 
 
 def without_stacking(conversions: list[Any], model: nn.Module) -> list[Any]:

@@ -86,10 +86,10 @@ def _setting(table: Table) -> str:
 
 def _grouped(rows: tuple[Row, ...]) -> list[Row]:
     """Bring rows of one grid together, in the order in which grids first appear."""
-    order: dict[tuple[str | None, str | None], int] = {}
+    order: dict[tuple[str | None, str | None, str | None], int] = {}
     for row in rows:
-        order.setdefault((row.format, row.group_size), len(order))
-    return sorted(rows, key=lambda row: order[row.format, row.group_size])
+        order.setdefault((row.format, row.group_size, row.inputs), len(order))
+    return sorted(rows, key=lambda row: order[row.format, row.group_size, row.inputs])
 
 
 def _cells(row: Row, record: Record | None, original: Record | None) -> list[str]:

@@ -151,6 +151,7 @@ class Bench:
         what = ["--method", str(row.method), "--format", str(row.format)]
         arguments = ["quantize", self.inputs.model_argument, *what]
         arguments += ["--group-size", row.group_size] if row.group_size else []
+        arguments += ["--inputs", row.inputs] if row.inputs else []
         for key, value in row.options.items():
             arguments += ["--option", f"{key}={value if isinstance(value, str) else json.dumps(value)}"]
         arguments += ["--data", str(self.inputs.calibration)]

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from compressor.errors import RecipeError
 from compressor.formats import BUILDERS
+from compressor.formats.activations import get_input_format
 
 TABLES = Path(__file__).parent / "tables"
 """The project's own tables."""
@@ -59,6 +60,7 @@ class Row(_Strict):
         method: Method of ours; None for the original and other tools' rows.
         format: Format of the weights.
         group_size: Inputs per scale, `channel`, or what else `--group-size` takes; None is the format's default.
+        inputs: Format the inputs of layers are rounded to, or None.
         options: Options of our method.
         tool: The other tool, or None.
         algorithm: llm-compressor: `gptq` or `rtn`.
@@ -69,6 +71,7 @@ class Row(_Strict):
     method: str | None = None
     format: str | None = None
     group_size: str | None = None
+    inputs: str | None = None
     options: dict[str, Any] = Field(default_factory=dict)
     tool: Literal["llmcompressor", "autoround"] | None = None
     algorithm: Literal["gptq", "rtn"] | None = None
@@ -77,7 +80,7 @@ class Row(_Strict):
     @model_validator(mode="after")
     def _complete(self) -> Row:
         wanted = {
-            None: {"method", "format", "group_size", "options"},
+            None: {"method", "format", "group_size", "inputs", "options"},
             "llmcompressor": {"tool", "algorithm", "format", "group_size"},
             "autoround": {"tool", "iters", "format", "group_size"},
         }[self.tool]
@@ -88,7 +91,7 @@ class Row(_Strict):
             return self
         if given - wanted:
             raise ValueError(f"{', '.join(sorted(given - wanted))} means nothing for {self.tool or 'a row of ours'}")
-        missing = wanted - given - {"group_size", "options"}
+        missing = wanted - given - {"group_size", "inputs", "options"}
         if missing:
             raise ValueError(f"{', '.join(sorted(missing))} is missing")
         integers = str(self.format).startswith("int")
@@ -214,6 +217,7 @@ def _expanded(entry: dict[str, Any]) -> Iterator[dict[str, Any]]:
         words = [format, f"g{rest['group_size']}" if str(rest.get("group_size", "")).isdecimal() else None]
         words += [f"per {rest['group_size']}" if rest.get("group_size") in ("tensor", "channel") else None, label]
         words += [rest.get("algorithm") if not entry.get("label") else None]
+        words += [f"inputs {rest['inputs']}" if rest.get("inputs") else None]
         name = entry.get("name") or " ".join(str(word) for word in words if word)
         yield {**rest, **given, "name": name}
 
@@ -224,6 +228,8 @@ def _check_names(row: Row, path: Path) -> None:
         return
     if row.format not in BUILDERS:
         raise RecipeError(f"{path}: row {row.name!r}: unknown format {row.format!r}", f"one of {', '.join(BUILDERS)}")
+    if row.inputs is not None:
+        get_input_format(row.inputs)
 
 
 def _where(loc: tuple[int | str, ...], rows: list[dict[str, Any]]) -> str:

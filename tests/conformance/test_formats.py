@@ -14,10 +14,12 @@ from compressor.formats.base import PackedTensor, QParams, QuantFormat, Searchab
 from compressor.formats.codebook import Codebook
 from compressor.formats.float4 import Float4
 from compressor.formats.fp8 import FP8
+from compressor.formats.int_bytes import IntBytes
 from compressor.formats.ints import IntFormat
 from compressor.formats.mxfp4 import MXFP4
 from compressor.formats.mxfp8 import MXFP8
 from compressor.formats.nvfp4 import NVFP4
+from compressor.formats.power import Power
 from compressor.testing import FormatConformance
 from compressor.testing.formats import failing_checks
 
@@ -65,6 +67,10 @@ class TestIntTensors(FormatConformance):
     )
 
 
+class TestIntBytes(FormatConformance):
+    formats = (IntBytes(None, BF16), IntBytes(None, FP32), IntBytes(None, FP16, per_tensor=True))
+
+
 class TestNVFP4(FormatConformance):
     formats = (NVFP4(),)
 
@@ -95,6 +101,14 @@ class TestCodebook(FormatConformance):
 
 class TestFloat4(FormatConformance):
     formats = (Float4(), Float4("hybrid"), Float4("reference"))
+
+
+class TestPower(FormatConformance):
+    formats = (
+        *(Power(bits, group) for bits, group in ((2, 32), (3, 64), (4, 64), (4, None), (5, None), (6, 32), (8, None))),
+        *(Power(bits, None, FP32, exponent=a) for bits, a in ((2, 0.7), (3, 1.0), (4, 0.613), (4, 0.1), (8, 0.2))),
+        *(Power(bits, None, BF16, per_tensor=True, exponent=a) for bits, a in ((3, 0.5), (8, 0.35))),
+    )
 
 
 def test_registry_builds_each_format_under_its_name() -> None:

@@ -14,6 +14,7 @@ from compressor.formats.base import QuantFormat
 from compressor.formats.codebook import Codebook
 from compressor.formats.float4 import Float4
 from compressor.formats.ints import IntFormat
+from compressor.formats.power import Power
 from compressor.methods import METHODS, SUMMARIES, get_method
 from compressor.methods.adaround import AdaRound, AdaRoundOptions
 from compressor.methods.awq import AWQ, AWQOptions
@@ -21,6 +22,8 @@ from compressor.methods.base import describe_options
 from compressor.methods.flexround import FlexRound, FlexRoundOptions
 from compressor.methods.fp4 import FP4, FP4Options
 from compressor.methods.gptq import GPTQ, GPTQOptions
+from compressor.methods.nupes import Nupes, NupesOptions
+from compressor.methods.outliertune import OutlierTune, OutlierTuneOptions
 from compressor.methods.rtn import RTN, RTNOptions
 from compressor.methods.smoothquant import SmoothQuant
 from compressor.testing import BlockMethodConformance, MethodConformance
@@ -31,7 +34,7 @@ class TestRTN(MethodConformance):
     method = RTN()
     formats = (
         *("int2", "int3", "int4", "int8", "nvfp4", "mxfp4", "fp4", "fp8", "fp8-tensor", "fp8-block", "mxfp8"),
-        Codebook(4, 32),
+        *(Codebook(4, 32), "power2", "power4"),
     )
 
 
@@ -57,13 +60,13 @@ class TestGPTQ(MethodConformance):
         *("int2", "int3", "int4", "int8", "int2-asym", "int4-asym", "nvfp4", "mxfp4", "fp4"),
         IntFormat(4, None, torch.float32),
         IntFormat(4, None, torch.bfloat16, per_tensor=True),
-        Codebook(4, 32),
+        *(Codebook(4, 32), "power2", "power3", "power4", "power8", Power(4, None, per_tensor=True)),
     )
 
 
 class TestClassicGPTQ(MethodConformance):
     method = GPTQ(GPTQOptions(order="static", grid="minmax"))
-    formats = ("int2", "int4", "int4-asym", "nvfp4", "mxfp4", "fp4", Codebook(3, 32))
+    formats = ("int2", "int4", "int4-asym", "nvfp4", "mxfp4", "fp4", Codebook(3, 32), "power4")
 
 
 class TestGPTQInStoredOrder(MethodConformance):
@@ -112,6 +115,24 @@ class TestSmoothQuant(MethodConformance):
         """Covered by the flatter inputs."""
 
 
+class TestOutlierTune(MethodConformance):
+    """It makes weights harder to round, as inputs are rounded as well: it is not held to the error of weights alone."""
+
+    method = OutlierTune(OutlierTuneOptions(clip="mse"))
+    formats = ("int6", "int8", "int8-bytes", "int8-asym", IntFormat(4, None, torch.float32))
+
+    def test_output_error_is_at_most_that_of_rounding(self, fmt: QuantFormat) -> None:
+        """What it promises: all channels of the input reach equally far."""
+        for seed in range(3):
+            layers = self._layers(fmt, seed=seed)
+            x = correlated_inputs(layers[0].weight.shape[1], seed=seed)
+            loud = (x * solve(self.method, layers, fmt).rewrites[GAIN]).abs().amax(0)
+            assert loud.max() < 1.001 * loud.min()
+
+    def test_data_pays(self) -> None:
+        """Covered by the even inputs."""
+
+
 class TestFP4(MethodConformance):
     method = FP4()
     formats = ("nvfp4", "mxfp4", "fp4", Float4("reference"), Float4("hybrid"))
@@ -125,7 +146,7 @@ class TestFP4WithoutSweeps(MethodConformance):
 class TestFlexRound(BlockMethodConformance):
     method = FlexRound(FlexRoundOptions(iters=12))
     formats = (
-        *("int2", "int4", "int8", "int3-asym", "nvfp4", "mxfp4", "fp4"),
+        *("int2", "int4", "int8", "int3-asym", "nvfp4", "mxfp4", "fp4", "power4"),
         IntFormat(4, None, torch.bfloat16, per_tensor=True),
         Codebook(4, 32),
     )
@@ -143,6 +164,54 @@ class TestFlexRoundMixed(BlockMethodConformance):
 class TestAdaRound(BlockMethodConformance):
     method = AdaRound(AdaRoundOptions(iters=60))
     formats = ("int2", "int4", "int3-asym", IntFormat(4, None, torch.bfloat16, per_tensor=True))
+
+
+class TestNupes(BlockMethodConformance):
+    method = Nupes(NupesOptions(iters=12))
+    formats = ("power2", "power3", "power4", "power8", Power(4, None, torch.float32, per_tensor=True))
+
+
+class TestNupesOnClippedScales(BlockMethodConformance):
+    method = Nupes(NupesOptions(iters=12, start="mse", input_mix=0.5))
+    formats = ("power3", "power4")
+
+
+class TestNupesAsInThePaper(BlockMethodConformance):
+    """Scales that cover all weights, codes whose powers are nearest."""
+
+    method = Nupes(NupesOptions(iters=12, rounding="power", start="minmax", precision="fp32"))
+    formats = ("power3", "power4")
+
+
+class TestSearchedNupes(MethodConformance):
+    """It sees no inputs, so the error it promises to lower is that of the weights."""
+
+    method = Nupes(NupesOptions(learn=False, start="minmax"))
+    formats = ("power2", "power3", "power4", "power8", Power(4, None, torch.float32, per_tensor=True))
+
+    def test_output_error_is_at_most_that_of_rounding(self, fmt: Power) -> None:
+        """Nor is it ever above that of exponent 1, a plain integer grid."""
+        for seed in range(3):
+            w = heavy_tailed_weights(12, 4 * (fmt.group_size or 37), seed)
+            layers = fused_layers((), fmt, [w], correlated_inputs(w.shape[1]))
+            decision = quantized(solve(self.method, layers, fmt).decisions[layers[0].ref.name])
+            error = float((fmt.decode(decision.codes, decision.qparams) - w).double().square().sum())
+            codes = fmt.encode_powers if self.method.options.rounding == "power" else fmt.encode
+            plain = [fmt.params(fmt.absmax(w), exponent) for exponent in (1.0, fmt.fitted_exponent)]
+            limits = [float((fmt.decode(codes(w, q), q) - w).double().square().sum()) for q in plain]
+            assert error <= min(limits), (fmt.name, seed)
+            if fmt.bits in (3, 4):
+                assert error < 0.8 * limits[0], (fmt.name, seed)
+
+
+class TestSearchedNupesAsInThePaper(TestSearchedNupes):
+    method = Nupes(NupesOptions(learn=False, start="minmax", rounding="power"))
+    formats = ("power3", "power4")
+
+
+class TestSearchedNupesOnClippedScales(TestSearchedNupes):
+    method = Nupes(NupesOptions(learn=False))
+    formats = ("power3", "power4", "power8")
 
 
 def test_fp4_refuses_what_is_no_4_bit_float() -> None:

@@ -79,8 +79,13 @@ def test_quantized_inputs_can_be_checked(made: Maker, tmp_path: Path) -> None:
     activations(broken)
     report = check(broken.folder, quick=True)
     assert problems(report) == set(), text(report)
+    assert report.stored == {"nvfp4, inputs nvfp4": 14}
+    assert all(row.kernel == "reference" for row in report.kernels)
+    other = copy_of(broken.folder, tmp_path / "other")
+    other.group(lambda g: g["input_activations"].update(group_size=32))
+    report = check(other.folder, quick=True)
     assert report.stored == {"nvfp4, inputs fp4": 14}
-    assert all(row.kernel is None and "inputs" in row.others["compressor.load"] for row in report.kernels)
+    assert all(row.kernel is None and "input_activations" in row.others["compressor.load"] for row in report.kernels)
     broken.drop(f"{Q}.input_global_scale")
     assert problems(check(broken.folder, quick=True)) == {("tensors.layout", "error")}
 

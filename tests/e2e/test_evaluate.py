@@ -18,6 +18,7 @@ from compressor.evals.activations import check_activations
 from compressor.evals.baseline import Entry, entry_path, recall, remember
 from compressor.evals.results import Evaluation
 from compressor.formats import get_format
+from compressor.formats.activations import INPUT_FORMATS
 from compressor.inputs import Quantize
 from compressor.measure import BASELINE_EVALUATION, EVALUATION, Evaluated, evaluate
 from compressor.output import RECIPE
@@ -274,7 +275,8 @@ def test_which_layers_must_quantize_their_inputs(shared: Path, tmp_path: Path) -
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, runtime.PackedLinear)}
 
     def quantizing(name: str, layer: runtime.PackedLinear) -> None:
-        model.set_submodule(name, runtime.PackedLinear(layer.packed, layer.fmt, inputs=[Quantize(8)]))
+        rounding = Quantize(INPUT_FORMATS["int8-token"])
+        model.set_submodule(name, runtime.PackedLinear(layer.packed, layer.fmt, inputs=[rounding]))
 
     for folder in (every, some):
         with pytest.raises(UnsupportedError, match="quantize activations"):

@@ -55,7 +55,7 @@ def test_statistics_come_from_the_stream_the_method_asked_for(
     source, text = save_checkpoint(model, tmp_path / "source"), write_text(tmp_path / "text.txt")
     spec = CalibrationSpec(data=str(text), n_samples=5, seq_len=24)
     compressor.quantize(
-        str(source), method="watcher", format="int3", output=tmp_path / "out", data=str(text), n_samples=5, seq_len=24
+        str(source), method="watcher", format="int8", output=tmp_path / "out", data=str(text), n_samples=5, seq_len=24
     )
     tokens = build_set(spec, models.tiny_tokenizer(), model.config.vocab_size, seed=0).tokens
     if stream is not Stream.FP:  # a layer sees what the compressed blocks before its own make of the tokens

@@ -37,6 +37,7 @@ def test_a_grid_is_all_combinations_format_by_format(tmp_path: Path) -> None:
             {"method": "rtn", "format": "int4", "group_size": "tensor", "options": {"clip": "mse"}, "label": "clipped"},
             {"tool": "llmcompressor", "algorithm": "gptq", "format": ["int4", "int3"], "group_size": 64},
             {"tool": "autoround", "iters": 5, "format": "int4", "group_size": 32, "name": "other"},
+            {"method": "rtn", "format": "int8", "inputs": "int8-token"},
         ),
     )
     assert [row.name for row in table.rows] == [
@@ -49,6 +50,7 @@ def test_a_grid_is_all_combinations_format_by_format(tmp_path: Path) -> None:
         "int4 g64 llmcompressor gptq",
         "int3 g64 llmcompressor gptq",
         "other",
+        "int8 rtn inputs int8-token",
     ]
     assert table.rows[4].method == "fp4"
     assert table.rows[4].format == "nvfp4"
@@ -71,6 +73,7 @@ def test_the_digest_covers_what_the_result_depends_on_and_nothing_else(tmp_path:
     for changed in (
         digests({**row, "format": "int3"}),
         digests({**row, "group_size": 32}),
+        digests({**row, "inputs": "int8-token"}),
         digests({**row, "options": {"a": 1}}),
         digests(row, seed=1),
         digests(row, calibration={**TEXT, "samples": 5, "seq_len": 32}),

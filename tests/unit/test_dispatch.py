@@ -8,10 +8,12 @@ import torch
 from torch.nn import functional
 
 from compressor.errors import RecipeError, UnsupportedError
+from compressor.formats import BUILDERS, CHANNEL_FIRST, FIXED_GROUP, get_format
 from compressor.formats.ints import IntFormat
 from compressor.formats.mxfp4 import MXFP4
 from compressor.kernels import dispatch
 from compressor.kernels.dispatch import Kernel, Problem
+from compressor.kernels.reference import linear
 
 PROBLEM = Problem("linear", "int4", 8, 64, 128, 64, torch.float32, "cpu")
 REFERENCE = dispatch.KERNELS[-1]
@@ -89,13 +91,32 @@ def test_linear_takes_no_rows_and_strided_input() -> None:
     torch.testing.assert_close(dispatch.linear(x, packed, fmt, None, torch.float32), again)
 
 
+@pytest.mark.parametrize("name", sorted(BUILDERS))
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_reference_in_parts_is_the_reference(name: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    fmt = get_format(name, FIXED_GROUP.get(name, None if name in CHANNEL_FIRST else 32), torch.bfloat16)
+    weight = torch.randn(300, 160, generator=torch.Generator().manual_seed(21))
+    qparams = fmt.fit(weight, fmt.fit_global([weight]))
+    packed = fmt.pack(fmt.encode(weight, qparams), qparams)
+    x = torch.randn(rows, 1, 160, generator=torch.Generator().manual_seed(22))
+    bias = torch.randn(300, generator=torch.Generator().manual_seed(23))
+    whole = linear.dequantize(packed, fmt, torch.float32), linear.packed_linear(x, packed, fmt, bias, torch.bfloat16)
+    assert torch.equal(whole[0], fmt.decode(*fmt.unpack(packed)))
+    monkeypatch.setattr(linear, "AT_ONCE", 160 * 128)
+    monkeypatch.setattr(linear, "FEW_ROWS", 2)
+    sizes = [part.shape[0] for _, part in linear._parts(packed, fmt)]
+    assert sizes == [128, 128, 44]
+    assert torch.equal(linear.dequantize(packed, fmt, torch.float32), whole[0])
+    torch.testing.assert_close(linear.packed_linear(x, packed, fmt, bias, torch.bfloat16), whole[1])
+
+
 def test_problems_describe_shape_group_and_device() -> None:
     fmt = IntFormat(4, None, torch.float32)
     weight = torch.ones(32, 64)
     qparams = fmt.fit(weight)
     packed = fmt.pack(fmt.encode(weight, qparams), qparams)
     problem = dispatch.linear_problem(packed, fmt, 7, torch.bfloat16, torch.device("cpu"))
-    assert problem == Problem("linear", "int4", 7, 32, 64, 0, torch.bfloat16, "cpu", (0, 0))
+    assert problem == Problem("linear", "int4", 7, 32, 64, 0, torch.bfloat16, "cpu", (0, 0), torch.float32)
 
 
 def test_one_scale_per_matrix_is_no_group_size_a_kernel_could_take_for_another() -> None:
@@ -104,7 +125,7 @@ def test_one_scale_per_matrix_is_no_group_size_a_kernel_could_take_for_another()
     qparams = fmt.fit(weight)
     packed = fmt.pack(fmt.encode(weight, qparams), qparams)
     problem = dispatch.linear_problem(packed, fmt, 7, torch.bfloat16, torch.device("cpu"))
-    assert problem == Problem("linear", "int4-asym", 7, 32, 64, 32 * 64, torch.bfloat16, "cpu", (0, 0))
+    assert problem == Problem("linear", "int4-asym", 7, 32, 64, 32 * 64, torch.bfloat16, "cpu", (0, 0), torch.float32)
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(4))
     expected = functional.linear(x, fmt.decode(fmt.encode(weight, qparams), qparams))
     assert torch.equal(dispatch.linear(x, packed, fmt, None, torch.float32), expected)

@@ -23,6 +23,7 @@ from compressor.errors import CheckpointError
 from compressor.formats.base import PackedTensor, QParams, QuantFormat, group_setting
 from compressor.formats.e2m1 import E2M1_VALUES
 from compressor.formats.fp8 import FP8
+from compressor.formats.int_bytes import IntBytes
 from compressor.formats.ints import IntFormat
 from compressor.formats.mxfp4 import MXFP4
 from compressor.formats.mxfp8 import MXFP8
@@ -48,7 +49,17 @@ ASYMMETRIC = [
     ),
 ]
 FP8S = [FP8(granularity, dtype) for granularity in ("channel", "tensor", "block") for dtype in (BF16, torch.float32)]
-FORMATS: list[QuantFormat] = [*INTS, *ASYMMETRIC, *FP8S, FP8("channel", torch.float16), NVFP4(), MXFP4(), MXFP8()]
+BYTES = [IntBytes(None, BF16), IntBytes(None, torch.float32), IntBytes(None, BF16, per_tensor=True)]
+FORMATS: list[QuantFormat] = [
+    *INTS,
+    *BYTES,
+    *ASYMMETRIC,
+    *FP8S,
+    FP8("channel", torch.float16),
+    NVFP4(),
+    MXFP4(),
+    MXFP8(),
+]
 
 
 def label(fmt: QuantFormat) -> str:
@@ -166,6 +177,9 @@ def test_bytes_of_their_packers(fmt: QuantFormat, weights: Tensor) -> None:
     theirs = their_codes(fmt, weights)
     if isinstance(fmt, IntFormat):
         signed = theirs.to(torch.int8)
+        if isinstance(fmt, IntBytes):
+            assert torch.equal(packed.tensors["weight"], signed)
+            return
         assert torch.equal(packed.tensors["weight_packed"], pack_to_int32(signed, fmt.bits))
         assert torch.equal(unpack_from_int32(packed.tensors["weight_packed"], fmt.bits, weights.shape), signed)
     elif fmt.bits == 8:

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional
 
 from compressor.errors import CheckpointError, UnsupportedError
+from compressor.formats.activations import INPUT_FORMATS
 from compressor.formats.ints import IntFormat
 from compressor.inputs import InputOp, Permute, Pow2, Quantize, Rotate, Shift, apply_ops, rebuild
 from compressor.runtime import PackedLinear
@@ -30,9 +31,12 @@ def every_op(width: int) -> list[InputOp]:
         Pow2(torch.randint(-4, 5, (width,), generator=generator, dtype=torch.int8)),
         Permute(torch.randperm(width, generator=generator)),
         Rotate(matrix),
-        Quantize(8),
-        Quantize(4, "tensor", clip=0.75),
-        Quantize(8, "tensor", torch.tensor([0.02])),
+        Quantize(INPUT_FORMATS["int8-token"]),
+        Quantize(INPUT_FORMATS["int4-token"], clip=0.75),
+        Quantize(INPUT_FORMATS["int8-tensor"], torch.tensor([0.02])),
+        Quantize(INPUT_FORMATS["fp8-token"]),
+        Quantize(INPUT_FORMATS["nvfp4"], torch.tensor([900.0])),
+        Quantize(INPUT_FORMATS["mxfp4"]),
     ]
 
 
@@ -71,19 +75,19 @@ def test_rotation_of_input_and_weight_cancel() -> None:
 
 
 def test_quantize_static() -> None:
-    op = Quantize(4, "tensor", torch.tensor([0.5]))
-    # Codes reach +-7; 0.25 is a tie and goes to the even code.
-    assert op.apply(torch.tensor([[0.25, 0.75, 1.1, -9.0, 100.0]])).tolist() == [[0.0, 1.0, 1.0, -3.5, 3.5]]
+    op = Quantize(INPUT_FORMATS["int4-tensor"], torch.tensor([0.5]))
+    # Codes reach from -8 to 7; 0.25 is a tie and goes to the even code.
+    assert op.apply(torch.tensor([[0.25, 0.75, 1.1, -9.0, 100.0]])).tolist() == [[0.0, 1.0, 1.0, -4.0, 3.5]]
 
 
 def test_quantize_per_token() -> None:
-    out = Quantize(4).apply(torch.tensor([[7.0, 3.2, -0.6], [70.0, 32.0, -6.0], [0.0, 0.0, 0.0]]))
-    assert out.tolist() == [[7.0, 3.0, -1.0], [70.0, 30.0, -10.0], [0.0, 0.0, 0.0]]
+    out = Quantize(INPUT_FORMATS["int4-token"]).apply(torch.tensor([[-7.5, 3.2, 0.6], [-75.0, 32.0, 6.0], [0, 0, 0]]))
+    assert out.tolist() == [[-8.0, 3.0, 1.0], [-80.0, 30.0, 10.0], [0.0, 0.0, 0.0]]
 
 
-def test_quantize_per_tensor_with_clip() -> None:
-    out = Quantize(3, "tensor", clip=0.5).apply(torch.tensor([[6.0, 1.4], [-0.4, -6.0]]))
-    assert out.tolist() == [[3.0, 1.0], [0.0, -3.0]]
+def test_quantize_with_clip() -> None:
+    out = Quantize(INPUT_FORMATS["int4-token"], clip=0.5).apply(torch.tensor([[15.0, 1.4, -0.4, -15.0]]))
+    assert out.tolist() == [[7.0, 1.0, 0.0, -8.0]]
 
 
 def test_apply_ops_runs_in_order() -> None:
@@ -108,8 +112,10 @@ def test_rebuild_refuses_what_it_cannot_know() -> None:
         rebuild([{"op": "wavelet"}], {})
     with pytest.raises(CheckpointError, match="input_shift"):
         rebuild([{"op": "shift"}], {})
-    with pytest.raises(CheckpointError, match="bits"):
-        rebuild([{"op": "quantize", "granularity": "token", "clip": 1.0}], {})
+    with pytest.raises(CheckpointError, match="format"):
+        rebuild([{"op": "quantize", "clip": 1.0}], {})
+    with pytest.raises(CheckpointError, match="input_scale"):
+        rebuild([INPUT_FORMATS["int8-tensor"].describe()], {})
 
 
 def test_packed_linear_applies_its_operations_first() -> None:
@@ -118,13 +124,14 @@ def test_packed_linear_applies_its_operations_first() -> None:
     k = torch.randint(-2, 3, (32,), generator=generator, dtype=torch.int8)
     order = torch.randperm(32, generator=generator)
     matrix = torch.linalg.qr(torch.randn(16, 16, generator=generator)).Q
-    layer = packed_layer(4, (Shift(z), Pow2(k), Permute(order), Rotate(matrix), Quantize(8)))
+    ops = (Shift(z), Pow2(k), Permute(order), Rotate(matrix), Quantize(INPUT_FORMATS["int8-token"]))
+    layer = packed_layer(4, ops)
     x = torch.randn(2, 5, 32, generator=generator)
 
     steps = ((x - z) * 2.0 ** k.float())[..., order]
     steps = torch.cat([steps[..., :16] @ matrix, steps[..., 16:] @ matrix], -1)
-    scale = steps.abs().amax(-1, keepdim=True) / 127
-    steps = (steps / scale).round() * scale
+    scale = steps.abs().amax(-1, keepdim=True) / 127.5
+    steps = (steps / scale).round().clamp(-128, 127) * scale
     weight = FMT.decode(*FMT.unpack(layer.packed))
     torch.testing.assert_close(layer(x), functional.linear(steps, weight, layer.bias), rtol=1e-5, atol=1e-5)
     suffixes = {"input_shift", "input_pow2", "input_order", "input_rotation", "weight_packed", "weight_scale"}

@@ -19,7 +19,7 @@ from compressor.checkpoint.skeleton import read_config
 from compressor.cli import app as cli
 from compressor.environment import load_tokenizer
 from compressor.errors import CheckpointError, CompressorError, UnsupportedError
-from compressor.measure import _original_of
+from compressor.measure import original_of
 from compressor.recipe import Recipe
 from compressor.testing import models
 from compressor.testing.tools import save_checkpoint
@@ -210,6 +210,6 @@ def test_side_files() -> None:
 def test_the_original_is_the_commit_not_the_branch(tmp_path: Path) -> None:
     saved = {"model": "owner/name@main", "source_revision": "c" * 40}
     (tmp_path / "compress_recipe.json").write_text(json.dumps(saved))
-    assert _original_of(tmp_path) == "owner/name@" + "c" * 40
+    assert original_of(tmp_path) == "owner/name@" + "c" * 40
     (tmp_path / "compress_recipe.json").write_text(json.dumps({"model": "here/a@b", "source_revision": None}))
-    assert _original_of(tmp_path) == "here/a@b"
+    assert original_of(tmp_path) == "here/a@b"

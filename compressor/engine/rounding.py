@@ -1,0 +1,150 @@
+"""Rounding the inputs of a block's layers while it runs: ranges of static scales, the operations, and their cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressor.calibration.capture import Capture
+from compressor.calibration.stats import MaxAbs
+from compressor.checkpoint.skeleton import Skeleton
+from compressor.errors import NumericalError
+from compressor.formats.activations import INPUT_FORMATS
+from compressor.inputs import InputOp, Quantize, apply_ops, calibrated, carried
+from compressor.plan import LayerPlan
+from compressor.report import Row
+
+WORTH_SAYING = 1e-3
+"""Share of saturated values from which on the report says so."""
+
+
+@dataclass
+class _Cost:
+    """What rounding did to the calibration inputs of one layer."""
+
+    error: float = 0.0
+    size: float = 0.0
+    saturated: int = 0
+    values: int = 0
+
+
+@dataclass
+class InputRounding:
+    """Rounds the inputs of one block's layers.
+
+    Attributes:
+        skeleton: Holds the block.
+        layers: The plan of its tensors.
+        dtype: Dtype static scales are stored in.
+    """
+
+    skeleton: Skeleton
+    layers: Sequence[LayerPlan]
+    dtype: torch.dtype
+    _handles: list[Any] = field(default_factory=list)
+    _costs: dict[str, _Cost] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.layers = [layer for layer in self.layers if layer.steps]
+
+    def ranges(self) -> Capture | None:
+        """Return accumulators for the largest magnitudes that static scales must cover, or None if there are none."""
+        static = [layer for layer in self.layers if layer.ranges]
+        if not static:
+            return None
+        widths = {layer.ref.fed_by: layer.ref.matrix[1] for layer in static if layer.ref.matrix}
+        modules = {layer.ref.fed_by: self._module(layer) for layer in static}
+        return Capture(widths, modules, (MaxAbs(),), self.skeleton.device)
+
+    def attach(self, decided: Mapping[str, tuple[InputOp, ...]], ranges: Capture | None) -> dict[str, Tensor]:
+        """Round from now on, and return the tensors to store, by name on disk.
+
+        Args:
+            decided: Tensor name -> operations the method chose; layers without an entry get the plan's format.
+            ranges: What `ranges` returned, after the calibration samples have passed.
+
+        Raises:
+            NumericalError: Inputs are not finite.
+        """
+        out: dict[str, Tensor] = {}
+        for layer in self.layers:
+            ops = decided.get(layer.ref.name) or self._default(layer, ranges)
+            found = tuple(op.describe() for op in ops)
+            assert found == layer.steps, f"{layer.ref.name}: {found} was not planned, {layer.steps} was"
+            module = self._module(layer)
+            self._handles.append(module.register_forward_pre_hook(self._hook(layer.ref.name, ops)))
+            if (carry := carried(ops)) is not None:
+                self._handles.append(module.register_forward_hook(_adding(carry)))
+            for op in ops:
+                # Own storage: layers that read one tensor share its scale, and files hold no shared memory.
+                out |= {f"{layer.ref.module}.{key}": value.cpu().clone() for key, value in op.tensors().items()}
+        return out
+
+    def detach(self) -> None:
+        """Stop rounding."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def report(self, rows: list[Row]) -> tuple[list[Row], list[str]]:
+        """Return rows with what rounding did to the calibration inputs that passed, and a sentence where they saturate.
+
+        Without such inputs (nothing that the run needs goes through the compressed block) errors stay unknown.
+        """
+        out, events = [], []
+        for row in rows:
+            cost = self._costs.get(row.name)
+            if cost and cost.size > 0:
+                row = replace(row, input_error=(cost.error / cost.size) ** 0.5)
+            if cost and cost.saturated > WORTH_SAYING * cost.values:
+                events.append(f"{row.name}: {cost.saturated / cost.values:.2%} of its inputs lie beyond their scale")
+            out.append(row)
+        return out, events
+
+    def _module(self, layer: LayerPlan) -> nn.Module:
+        return self.skeleton.model.get_submodule(layer.ref.param.rpartition(".")[0])
+
+    def _default(self, layer: LayerPlan, ranges: Capture | None) -> tuple[InputOp, ...]:
+        name = default_format(layer)
+        assert name is not None, f"{layer.ref.name}: its method was to choose {layer.steps}, but did not"
+        fmt = INPUT_FORMATS[name]
+        loudest = torch.zeros(1, device=self.skeleton.device)
+        if layer.ranges:
+            assert ranges is not None
+            loudest = ranges.sums[layer.ref.fed_by][MaxAbs()].value()
+            if not torch.isfinite(loudest).all():
+                raise NumericalError(
+                    f"{layer.ref.name}: its calibration inputs are not finite",
+                    "use other calibration data, or leave its inputs as they are with --skip-inputs",
+                )
+        return (calibrated(fmt, loudest, self.dtype),)
+
+    def _hook(self, name: str, ops: tuple[InputOp, ...]) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            x = args[0]
+            rounded = apply_ops(ops, x)
+            cost = self._costs.setdefault(name, _Cost())
+            before = apply_ops(ops[:-1], x).float()  # what is rounded: rounding comes last
+            cost.error += float((rounded.float() - before).square().sum(dtype=torch.float64))
+            cost.size += float(before.square().sum(dtype=torch.float64))
+            cost.saturated += ops[-1].saturated(before) if isinstance(ops[-1], Quantize) else 0
+            cost.values += x.numel()
+            return (rounded, *args[1:])
+
+        return hook
+
+
+def _adding(carry: Tensor) -> Any:
+    def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return output + carry.to(output.dtype)
+
+    return hook
+
+
+def default_format(layer: LayerPlan) -> str | None:
+    """Return the format of a layer's inputs if rounding to it is all that happens to them, else None."""
+    return layer.inputs if layer.inputs and len(layer.steps) == 1 else None

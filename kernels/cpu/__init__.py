@@ -1,0 +1,1 @@
+"""PyTorch's packed CPU operators behind the dispatch of kernels."""

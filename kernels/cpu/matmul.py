@@ -1,0 +1,54 @@
+"""Multiplying by a prepared weight on the CPU: the packed operators for few rows, decoding once for many."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from compressor.kernels.cpu.layout import CpuWeight, dequantize
+
+PACKED_ROWS = {1: 128, 2: 64, 0: 32}
+"""Up to how many rows of activations the packed operator is faster than decoding, by planes of the weight.
+
+Measured with `python -m compressor.kernels.cpu.bench` on AVX-512; hardly depends on the shape, as both costs grow with
+the number of weights.
+"""
+
+
+def linear(x: Tensor, weight: CpuWeight, bias: Tensor | None, dtype: torch.dtype, path: str = "") -> Tensor:
+    """Return `x @ weight.T + bias`, `[..., n]` in the dtype of `x` `[..., k]`.
+
+    Args:
+        x: Floating point. Only bfloat16 meets the packed operators; otherwise the weight is decoded.
+        weight: The weight.
+        bias: `[n]` or None.
+        dtype: What a decoded weight is rounded to first: the model's dtype.
+        path: `packed` or `decode`; by `PACKED_ROWS` if empty.
+    """
+    n, k = weight.shape
+    flat = x.reshape(-1, k)
+    few = flat.shape[0] <= PACKED_ROWS[weight.planes]
+    if x.dtype == torch.bfloat16 and (few if not path else path == "packed"):
+        out = packed_linear(flat, weight)
+        if bias is not None:
+            out += bias
+    else:
+        dense = dequantize(weight, dtype).to(x.dtype)
+        out = functional.linear(flat, dense, None if bias is None else bias.to(x.dtype))
+    return out.view(*x.shape[:-1], n)
+
+
+def packed_linear(x: Tensor, weight: CpuWeight) -> Tensor:
+    """Return `x @ weight.T` for bfloat16 `x` `[m, k]`; products and sums in float32."""
+    n = weight.shape[0]
+    x = x.contiguous()
+    if weight.planes == 0:
+        whole: Tensor = torch.ops.aten._weight_int8pack_mm(x, weight.codes, weight.scale)
+        return whole
+    wide = x if weight.planes == 1 else torch.cat((x, x), 1)
+    out: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(wide, weight.codes, weight.group, weight.scale)[:, :n]
+    if weight.rest.numel():
+        sums = x.unflatten(1, (len(weight.rest), -1)).sum(2)  # [m, groups]
+        out = torch.addmm(out, sums, weight.rest)
+    return out
