@@ -59,7 +59,9 @@ def transformers(checkpoint: Checkpoint) -> Iterator[Finding]:
 def vllm(checkpoint: Checkpoint) -> Iterator[Finding]:
     """What vLLM needs, by its source: nothing here was run in it."""
     if checkpoint.container == NATIVE:
-        yield error("config.json", "vLLM cannot read native checkpoints", "compress to a format that compressed-tensors stores")
+        yield error(
+            "config.json", "vLLM cannot read native checkpoints", "compress to a format that compressed-tensors stores"
+        )
     if checkpoint.container != CONTAINER:
         return
     seen: dict[tuple[str, str, str], list[Module]] = {}

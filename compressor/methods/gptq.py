@@ -83,8 +83,8 @@ class GPTQ:
         """Refuse formats whose grid cannot be asked about one column."""
         if not isinstance(fmt, ScaledFormat):
             return (
-                "method gptq rounds with integers, 4-bit floats and powers (int2 ... int8, nvfp4, mxfp4, fp4, power2 ... "
-                f"power8), not {fmt.name}"
+                "method gptq rounds with integers, 4-bit floats and powers (int2 ... int8, nvfp4, mxfp4, fp4, "
+                f"power2 ... power8), not {fmt.name}"
             )
         return None
 

@@ -73,7 +73,7 @@ class NupesOptions(LearningOptions):
     rounding: Literal["nearest", "power"] = Field(
         "nearest", description="to the nearest value, or to the one whose power is nearest (as in the paper)"
     )
-    lr: float = Field(0.02, ge=0, le=10, description="learning rate of the latent codes, in codes")
+    lr: float = Field(0.01, ge=0, le=10, description="learning rate of the latent codes, in codes")
     lr_exponent: float = Field(2e-3, ge=0, le=1, description="learning rate of the exponent's logarithm; 0 fixes it")
     lr_scale: float | None = Field(
         None, ge=0, le=1, description="learning rate of the logarithm of m; if unset 0.16 / 2**bits; 0 fixes it"

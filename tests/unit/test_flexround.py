@@ -198,7 +198,9 @@ def test_learning_rate_zero_points_stay() -> None:
     w[:, ::7] = 0
     x = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
     block = block_of(fmt, [w], x)
-    outcome = FlexRound(FlexRoundOptions(iters=30, lr=0.02, start="mse")).solve_block(block, torch.Generator().manual_seed(0))
+    outcome = FlexRound(FlexRoundOptions(iters=30, lr=0.02, start="mse")).solve_block(
+        block, torch.Generator().manual_seed(0)
+    )
     decision = quantized(next(iter(outcome.decisions.values())))
     assert torch.all(fmt.decode(decision.codes, decision.qparams)[:, ::7] == 0)
     start = fmt.fit(w).zero_point
