@@ -7,36 +7,27 @@ that match nothing, fused neighbours that would end up with different schemes.
 from __future__ import annotations
 
 import fnmatch
-import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 
-import torch
 from torch import nn
-from transformers import PreTrainedModel
 
-from compressor.checkpoint.blocks import BlockSequence, Trace
+from compressor.checkpoint.blocks import BlockSequence
 from compressor.checkpoint.folds import Found, find_folds
-from compressor.checkpoint.skeleton import Skeleton, Target
-from compressor.checkpoint.source import DTYPES, Source, TensorInfo
+from compressor.checkpoint.skeleton import Skeleton
+from compressor.checkpoint.source import DTYPES, Source
 from compressor.errors import RecipeError, UnsupportedError
-from compressor.formats import ASYMMETRIC, BUILDERS, FIXED_GROUP, get_format, parse_group_size
+from compressor.formats import BUILDERS, FIXED_GROUP, get_format, parse_group_size
 from compressor.formats.base import QuantFormat, group_setting
 from compressor.input_plan import input_notes, plan_inputs, stored_as, with_inputs
 from compressor.methods import get_method
 from compressor.methods.base import Method
 from compressor.methods.scaling import FoldingMethod
 from compressor.plan import OUTSIDE, ActivationSite, Fold, FoldKind, Kind, LayerPlan, Operand, Plan, WeightRef
+from compressor.readers import check_experts, check_fused, check_kv_cache, reader_notes
 from compressor.recipe import Override, Recipe
-
-FUSED_SETS = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("query", "key", "value"),
-    ("gate_proj", "up_proj"),
-    ("w1", "w3"),
-)
-"""Last names of layers that runtimes (vLLM) fuse into one matmul."""
+from compressor.weights import make_ref, natural_key, reason_to_keep
 
 NO_ACTIVATION_METHOD = "no method quantizes this operand yet"
 
@@ -104,67 +95,6 @@ def make_plan(recipe: Recipe, source: Source, skeleton: Skeleton, blocks: BlockS
     )
 
 
-def make_ref(info: TensorInfo, target: Target, skeleton: Skeleton, blocks: BlockSequence, trace: Trace) -> WeightRef:
-    """Describe one tensor on disk: where it goes in memory, what it is, whom it shares its input with."""
-    param = target.param or info.name
-    block = blocks.index_of(param)
-    module_name = param.rpartition(".")[0]
-    kind = Kind.OTHER if target.param is None else kind_of(param, info, target, skeleton, trace)
-    matrix = None
-    if kind in (Kind.LINEAR, Kind.ROUTER, Kind.EMBEDDING) or (kind is Kind.EXPERT and len(info.shape) == 2):
-        matrix = (info.shape[0], info.shape[1])
-    elif kind is Kind.CONV:
-        matrix = (info.shape[0], math.prod(info.shape[1:]))
-    fed_by = trace.reads.get(module_name, module_name)
-    if kind is Kind.EXPERT and target.where.expert is not None:
-        side = "mid" if param.endswith("down_proj") else "in"
-        fed_by = f"{module_name}#{target.where.expert}.{side}"
-    return WeightRef(
-        name=info.name,
-        param=param,
-        where=target.where,
-        kind=kind,
-        shape=info.shape,
-        matrix=matrix,
-        dtype=info.dtype,
-        block=OUTSIDE if block is None else block,
-        fed_by=fed_by,
-        fused_with=fused_id(info.name),
-        part=None if target.param is None else blocks.beside(param),
-    )
-
-
-def kind_of(param: str, info: TensorInfo, target: Target, skeleton: Skeleton, trace: Trace) -> Kind:
-    """Say what a weight is, from the module that owns it and from what reads the same tensor as the experts do."""
-    module_name, _, leaf = param.rpartition(".")
-    module = skeleton.model.get_submodule(module_name)
-    if module_name in trace.experts and len(module.get_parameter(leaf).shape) == 3:
-        return Kind.EXPERT
-    if leaf != "weight":
-        return Kind.OTHER
-    if isinstance(module, nn.Embedding):
-        return Kind.EMBEDDING
-    if isinstance(module, nn.Conv2d):
-        return Kind.CONV
-    if len(info.shape) != 2:
-        return Kind.OTHER
-    for stack in trace.experts:
-        same_input = trace.reads.get(module_name) == trace.reads.get(stack)
-        experts = skeleton.model.get_submodule(stack).get_parameter("down_proj").shape[0]
-        if same_input and info.shape[0] in (1, experts):
-            return Kind.ROUTER  # chooses among experts, or gates the shared one
-    return Kind.LINEAR if isinstance(module, nn.Linear) else Kind.OTHER
-
-
-def fused_id(name: str) -> str:
-    """Return the id shared by the layers a runtime fuses with this one; the layer's own name if none."""
-    parent, _, last = name.removesuffix(".weight").rpartition(".")
-    for members in FUSED_SETS:
-        if last in members:
-            return f"{parent}.{'+'.join(members)}"
-    return name
-
-
 def plan_layer(
     ref: WeightRef, source: Source, method: Method, default: QuantFormat, override: Override | None, recipe: Recipe
 ) -> LayerPlan:
@@ -187,25 +117,6 @@ def plan_layer(
     check_possible(ref, method, fmt, by_flag)
     after = sum(slot.nbytes for slot in fmt.layout(ref.matrix).values())
     return LayerPlan(ref, fmt.name, group_setting(fmt), before, after, None)
-
-
-def reason_to_keep(ref: WeightRef) -> str | None:
-    """Return why a tensor of this kind and place stays dense whatever the method, or None."""
-    if ref.part is not None:
-        return f"{ref.part}: only the language model of a multimodal model is compressed"
-    if ref.kind is Kind.EMBEDDING:
-        return "embedding: a table look-up, no matmul; often tied to the output head"
-    if ref.kind is Kind.ROUTER:
-        return "router: tiny, and an error in it sends tokens to other experts"
-    if ref.kind is Kind.CONV:
-        return "convolution: no format stores convolutions yet"
-    if ref.kind is Kind.OTHER:
-        return "not a matrix of a linear layer (norm, bias, table or buffer)"
-    if ref.kind is Kind.EXPERT and ref.matrix is None:
-        return "fused expert stack: stored as one 3-D tensor, which readers of the target container do not accept"
-    if ref.block == OUTSIDE:
-        return "outside the blocks (output head or projection): readers expect it dense"
-    return None
 
 
 def check_possible(ref: WeightRef, method: Method, fmt: QuantFormat, group_size_by_flag: bool) -> None:
@@ -251,57 +162,6 @@ def match_overrides(overrides: Iterable[Override], refs: list[WeightRef]) -> dic
             )
         chosen.update({ref.name: override for ref in hits})
     return chosen
-
-
-def check_fused(layers: list[LayerPlan]) -> None:
-    """Refuse a plan whose fused sets mix schemes: runtimes need one for all of a set.
-
-    Raises:
-        RecipeError: Names the two layers that disagree.
-    """
-    first: dict[str, LayerPlan] = {}
-    for layer in layers:
-        if layer.ref.matrix is None or layer.ref.block == OUTSIDE:
-            continue
-        other = first.setdefault(layer.ref.fused_with, layer)
-        if scheme_of(other) != scheme_of(layer):
-            last = layer.ref.fused_with.rpartition(".")[2].split("+")
-            raise RecipeError(
-                f"{other.ref.module} is {scheme_of(other)} but {layer.ref.module} is {scheme_of(layer)}, and runtimes "
-                "fuse them",
-                "treat all of them alike: " + " ".join(f'"*.{name}"' for name in last),
-            )
-
-
-def check_experts(layers: list[LayerPlan]) -> None:
-    """Refuse a plan whose experts mix schemes: readers choose one for all experts of a model.
-
-    Raises:
-        RecipeError: Names the two weights that disagree.
-    """
-    first: LayerPlan | None = None
-    for layer in layers:
-        if layer.ref.kind is not Kind.EXPERT or layer.ref.matrix is None:
-            continue
-        first = first or layer
-        if scheme_of(first) != scheme_of(layer):
-            raise RecipeError(
-                f"{first.ref.module} is {scheme_of(first)} but {layer.ref.module} is {scheme_of(layer)}: readers need "
-                "one scheme for all experts",
-                'treat all experts alike: "*.experts.*"',
-            )
-
-
-def scheme_of(layer: LayerPlan) -> str:
-    """Return what a layer becomes, as people write it: `int4 in groups of 64`, `nvfp4`, `dense`."""
-    if layer.format is None:
-        return "dense"
-    inputs = f" with {layer.inputs} inputs" if layer.inputs else ""
-    if layer.format in FIXED_GROUP:
-        return layer.format + inputs
-    if isinstance(layer.group_size, int):
-        return f"{layer.format} in groups of {layer.group_size}{inputs}"
-    return f"{layer.format} per {layer.group_size or 'channel'}{inputs}"
 
 
 def plan_folds(method: Method, layers: list[LayerPlan], blocks: BlockSequence, has_kv_cache: bool) -> Found:
@@ -360,62 +220,6 @@ def nothing_to_compress(layers: list[LayerPlan]) -> UnsupportedError:
     )
 
 
-def reader_notes(layers: list[LayerPlan]) -> tuple[str, ...]:
-    """Return what users of stock transformers must know; `tests/e2e/test_load_matrix.py` is the proof."""
-    experts = {layer.format for layer in layers if layer.ref.kind is Kind.EXPERT}
-    ours = "load this checkpoint with compressor.load, or use --format mxfp4"
-    if "nvfp4" in experts:
-        return (
-            f"stock transformers drops the global scale of NVFP4 experts without a word and computes wrong: {ours}",
-        )
-    if note := zero_point_note(layers):
-        return (note,)
-    if experts & {"fp8-block", "mxfp8", "int8-bytes"}:
-        return (f"stock transformers raises on {' and '.join(sorted(map(str, experts)))} experts: {ours}",)
-    if None in experts and any(layer.format for layer in layers):
-        return ("stock transformers raises on dense experts beside packed layers: load it with compressor.load",)
-    return ()
-
-
-def zero_point_note(layers: list[LayerPlan]) -> str | None:
-    """Return what stock transformers makes of asymmetric integers, or None if it reads all there are.
-
-    Its model has room for unpacked zero points alone; only those that belong to a whole matrix are stored unpacked.
-    """
-    remedy = "load this checkpoint with compressor.load, or use symmetric integers"
-    asymmetric = [layer for layer in layers if layer.format in ASYMMETRIC]
-    experts = [layer for layer in asymmetric if layer.ref.kind is Kind.EXPERT]
-    if any(layer.group_size == "tensor" for layer in experts):
-        return f"stock transformers drops the zero points of experts without a word and computes wrong: {remedy}"
-    if experts:
-        return f"stock transformers raises on experts with zero points: {remedy}"
-    if all(layer.group_size == "tensor" for layer in asymmetric):
-        return None
-    schemes = {scheme_of(layer) for layer in layers if layer.format}
-    if len(schemes) > 1 or any(layer.ref.kind is Kind.EXPERT for layer in layers):
-        return f"stock transformers raises on zero points: {remedy}"
-    return (
-        "stock transformers raises on zero points unless it decompresses while it loads: from_pretrained(..., "
-        f"quantization_config=CompressedTensorsConfig(dequantize=True)); else {remedy}"
-    )
-
-
-def check_kv_cache(model: PreTrainedModel, layers: list[LayerPlan], name: str, dtype: torch.dtype) -> None:
-    """Refuse a quantized key/value cache where there is no cache, or no place to say so.
-
-    Raises:
-        RecipeError: The result would be a native checkpoint.
-        UnsupportedError: The model keeps no cache.
-    """
-    if not model.can_generate():
-        raise UnsupportedError(f"--kv-cache {name}: {type(model).__name__} keeps no cache", "leave --kv-cache out")
-    for layer in layers:
-        if layer.format and get_format(layer.format, layer.group_size, dtype).container is None:
-            raise RecipeError(
-                f"--kv-cache {name}: checkpoints with format {layer.format} cannot say so", "use another format"
-            )
-
-
 def activation_sites(model: nn.Module, blocks: BlockSequence, kv_cache: str | None) -> Iterable[ActivationSite]:
     """Yield the operands of every innermost attention module."""
     attention = [name for name, module in model.named_modules() if type(module).__name__.endswith("Attention")]
@@ -445,8 +249,3 @@ def estimate_peak(layers: list[LayerPlan], method: Method, fmt: QuantFormat, n_b
         solver = 5 * 4 * max((layer.ref.numel for layer in block if layer.format), default=0)
         largest = max(largest, weights + statistics + solver)
     return max(largest, outside)
-
-
-def natural_key(name: str) -> list[tuple[int, str]]:
-    """Sort key that puts expert 2 before expert 10."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]

@@ -16,7 +16,7 @@ from compressor.checkpoint.skeleton import Skeleton, Target
 from compressor.checkpoint.source import TensorInfo
 from compressor.errors import UnsupportedError
 from compressor.plan import Kind
-from compressor.planner import kind_of
+from compressor.weights import kind_of
 
 
 @dataclass(frozen=True)

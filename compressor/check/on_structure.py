@@ -11,7 +11,7 @@ from compressor.check.groups import LINEAR
 from compressor.check.model import Model
 from compressor.errors import CompressorError
 from compressor.plan import Kind
-from compressor.planner import fused_id
+from compressor.weights import fused_id
 
 _EXPERT = re.compile(r"(.*)\.(\d+)\.([^.]+)")
 """Module name of one expert's projection: head, index, leaf."""

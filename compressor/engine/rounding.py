@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.calibration.capture import Capture
-from compressor.calibration.stats import MaxAbs
+from compressor.calibration.channels import MaxAbs
 from compressor.checkpoint.skeleton import Skeleton
 from compressor.errors import NumericalError
 from compressor.formats.activations import INPUT_FORMATS

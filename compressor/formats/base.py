@@ -253,7 +253,8 @@ def require_layout(fmt: QuantFormat, packed: PackedTensor) -> None:
     """Check that `packed` has exactly the tensors `fmt` writes for its shape, before any bit of them is read.
 
     Raises:
-        CheckpointError: Another format, a missing or extra tensor, or one of another dtype or shape.
+        CheckpointError: Another format, a missing or extra tensor, one of another dtype or shape, or a stored
+            `weight_shape` that is not that of the matrix.
     """
     if packed.format != fmt.name:
         raise CheckpointError(f"a {packed.format} tensor was given to the {fmt.name} reader", "check the config groups")
@@ -274,3 +275,8 @@ def require_layout(fmt: QuantFormat, packed: PackedTensor) -> None:
                 f"for a matrix {list(packed.shape)}",
                 "the checkpoint is damaged, or config.json describes another bit width, group size or dtype",
             )
+    if "weight_shape" in layout and (stored := packed.tensors["weight_shape"].tolist()) != list(packed.shape):
+        raise CheckpointError(
+            f"weight_shape says {stored}, the model expects {list(packed.shape)}",
+            "config.json and weights belong to different models, or the file is damaged",
+        )

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from compressor.errors import CheckpointError, NumericalError, UnsupportedError
+from compressor.errors import NumericalError, UnsupportedError
 from compressor.formats.base import (
     PackedTensor,
     QParams,
@@ -201,12 +201,6 @@ class IntFormat:
             CheckpointError: The tensors are not what this format stores for `packed.shape`.
         """
         require_layout(self, packed)
-        stored = tuple(packed.tensors["weight_shape"].tolist())
-        if stored != packed.shape:
-            raise CheckpointError(
-                f"weight_shape says {list(stored)}, the model expects {list(packed.shape)}",
-                "config.json and weights belong to different models, or the file is damaged",
-            )
         codes = unpack_bits(packed.tensors["weight_packed"], self.bits, packed.shape[1])
         zero_point = None
         if not self.symmetric:

@@ -243,12 +243,6 @@ class Power(Codebook):
             CheckpointError: The tensors are not what this format stores for `packed.shape`.
         """
         require_layout(self, packed)
-        stored = tuple(packed.tensors["weight_shape"].tolist())
-        if stored != packed.shape:
-            raise CheckpointError(
-                f"weight_shape says {list(stored)}, the model expects {list(packed.shape)}",
-                "config.json and weights belong to different models, or the file is damaged",
-            )
         exponent = float(packed.tensors["weight_exponent"])
         if not stored_exponent(SMALLEST_EXPONENT) <= exponent <= LARGEST_EXPONENT:
             raise CheckpointError(

@@ -28,7 +28,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from compressor.calibration.stats import MeanAbs, SecondMoment, Statistic
+from compressor.calibration.channels import MeanAbs
+from compressor.calibration.stats import SecondMoment, Statistic
 from compressor.decision import Outcome, Quantized
 from compressor.formats.base import QParams, QuantFormat, ScaledFormat, grouped
 from compressor.methods.base import Layer, MethodOptions, Scope, Stream

@@ -16,15 +16,9 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from compressor.calibration.stats import (
-    Accumulator,
-    ChannelRange,
-    InputSample,
-    MaxAbs,
-    MeanAbs,
-    SecondMoment,
-    Statistic,
-)
+from compressor.calibration.channels import ChannelRange, MaxAbs, MeanAbs
+from compressor.calibration.samples import InputSample
+from compressor.calibration.stats import Accumulator, SecondMoment, Statistic
 from compressor.decision import Outcome
 from compressor.errors import NumericalError
 from compressor.formats.base import QParams, QuantFormat

@@ -34,7 +34,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from compressor.calibration.stats import InputSample, MaxAbs, SecondMoment, Statistic
+from compressor.calibration.channels import MaxAbs
+from compressor.calibration.samples import InputSample
+from compressor.calibration.stats import SecondMoment, Statistic
 from compressor.decision import Outcome, Quantized
 from compressor.formats.activations import GLOBAL_SCALE, INPUT_FORMATS, InputFormat
 from compressor.formats.base import QParams, QuantFormat, SearchableFormat

@@ -30,7 +30,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from compressor.calibration.stats import ChannelRange, Statistic
+from compressor.calibration.channels import ChannelRange
+from compressor.calibration.stats import Statistic
 from compressor.decision import Outcome, Quantized
 from compressor.errors import RecipeError
 from compressor.formats.activations import INPUT_FORMATS, InputFormat

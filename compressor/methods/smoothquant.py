@@ -18,7 +18,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from compressor.calibration.stats import MaxAbs, Statistic
+from compressor.calibration.channels import MaxAbs
+from compressor.calibration.stats import Statistic
 from compressor.decision import Outcome, Quantized
 from compressor.formats.base import QuantFormat
 from compressor.methods.base import Layer, MethodOptions, Scope, Stream

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -132,4 +134,18 @@ def dense_twin(model: PreTrainedModel, weights: dict[str, Tensor], folder: Path)
     unknown = sorted(set(weights) - set(tensors))
     assert not unknown, unknown
     tensors |= {name: value.to(tensors[name].dtype) for name, value in weights.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def edit_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Let `change` edit the config of a checkpoint in place."""
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    """Let `change` edit the tensors of a checkpoint of one file in place."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

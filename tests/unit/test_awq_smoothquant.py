@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from compressor.calibration.stats import LANES, MaxAbs, MeanAbs, SecondMoment, Statistic
+from compressor.calibration.channels import MaxAbs, MeanAbs
+from compressor.calibration.stats import LANES, SecondMoment, Statistic
 from compressor.formats.base import ScaledFormat
 from compressor.formats.float4 import Float4
 from compressor.formats.ints import IntFormat

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from compressor.calibration.stats import InputSample, MaxAbs, SecondMoment
+from compressor.calibration.channels import MaxAbs
+from compressor.calibration.samples import InputSample
+from compressor.calibration.stats import SecondMoment
 from compressor.decision import Quantized
 from compressor.formats.activations import INPUT_FORMATS
 from compressor.formats.float4 import Float4

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from compressor.calibration.stats import ChannelRange, MaxAbs
+from compressor.calibration.channels import ChannelRange, MaxAbs
 from compressor.decision import Quantized
 from compressor.errors import RecipeError
 from compressor.formats.activations import INPUT_FORMATS

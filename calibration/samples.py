@@ -1,0 +1,74 @@
+"""Some of a layer's inputs themselves."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class InputSample:
+    """Asks for some of the inputs themselves: what a search runs the layer on.
+
+    Attributes:
+        n_rows: How many rows to keep, chosen evenly over all of them.
+    """
+
+    n_rows: int = 256
+
+    def start(self, in_features: int, device: torch.device) -> InputSampleOf:
+        """Return an empty accumulator for inputs of width `in_features`."""
+        return InputSampleOf(self, in_features, device)
+
+    def size(self, in_features: int) -> int:
+        """Return the numbers it holds."""
+        return self.n_rows * in_features
+
+
+class InputSampleOf:
+    """Keeps the rows whose place in the stream draws the smallest numbers: the same ones however rows are batched.
+
+    Attributes:
+        n_tokens: Rows seen so far.
+        max_abs: Largest input magnitude seen; NaN once a NaN was seen.
+    """
+
+    def __init__(self, spec: InputSample, in_features: int, device: torch.device) -> None:
+        self.spec = spec
+        self._rows = torch.zeros(0, in_features, dtype=torch.float32, device=device)
+        self._draws = torch.zeros(0, dtype=torch.float64)
+        self._generator = torch.Generator().manual_seed(0)
+        self.n_tokens = 0
+        self.max_abs = 0.0
+
+    def update(self, x: Tensor) -> None:
+        """Let rows `x` `[tokens, in]` take part."""
+        if x.shape[0] == 0:
+            return
+        largest = float(x.abs().max())
+        self.max_abs = largest if math.isnan(largest) else max(self.max_abs, largest)
+        self.n_tokens += x.shape[0]
+        # One by one: a vectorized draw may depend on how many are drawn at once.
+        new = torch.cat([torch.rand(1, dtype=torch.float64, generator=self._generator) for _ in range(x.shape[0])])
+        draws = torch.cat([self._draws, new])
+        kept = draws.argsort()[: self.spec.n_rows].sort().values
+        self._rows = torch.cat([self._rows, x.float()])[kept.to(x.device)]
+        self._draws = draws[kept]
+
+    def close_lane(self) -> None:
+        """Do nothing: rows are no sum."""
+
+    def value(self) -> Tensor:
+        """Return the rows in the order they came, float32 `[rows, in]`."""
+        return self._rows
+
+    def divide(self, c: Tensor) -> None:
+        """Turn the rows of `x` into those of `x / c`."""
+        self._rows = self._rows / c
+
+    def subtract(self, z: Tensor) -> None:
+        """Turn the rows of `x` into those of `x - z`."""
+        self._rows = self._rows - z
