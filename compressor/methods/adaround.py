@@ -27,7 +27,8 @@ from compressor.formats.base import QParams, QuantFormat, grouped
 from compressor.formats.ints import IntFormat
 from compressor.methods.base import Block, Layer, Scope, Stream
 from compressor.methods.grids import clamped
-from compressor.methods.reconstruction import LearningOptions, learn
+from compressor.methods.learning import LearningOptions
+from compressor.methods.reconstruction import learn
 from compressor.methods.starts import from_grids
 from compressor.plan import WeightRef
 
@@ -91,7 +92,7 @@ class UpOrDown:
         share = (z - self.floor - _LOW) / (_HIGH - _LOW)
         self.v = share.logit()
         # V travels about 5 from one end to the other, whatever the number of steps, and rates average half their start.
-        rate = 10 / max(options.steps, 100) if options.lr is None else options.lr
+        rate = 10 / max(options.steps(fmt.bits), 100) if options.lr is None else options.lr
         self.groups = [(self.v, rate)]
 
     def value(self) -> Tensor:

@@ -29,7 +29,8 @@ from compressor.decision import Outcome, Quantized
 from compressor.formats.base import QParams, QuantFormat, ScaledFormat, grouped
 from compressor.methods.base import Block, Layer, Scope, Stream
 from compressor.methods.grids import clamped
-from compressor.methods.reconstruction import LearningOptions, learn
+from compressor.methods.learning import LearningOptions
+from compressor.methods.reconstruction import learn
 from compressor.methods.starts import from_gptq, from_grids
 from compressor.plan import WeightRef
 

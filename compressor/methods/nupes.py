@@ -40,7 +40,8 @@ from compressor.methods.base import Block, Layer, Scope, Stream
 from compressor.methods.exponent import Objective, Part, best_exponent, search_exponent
 from compressor.methods.gptq import GPTQ
 from compressor.methods.grids import mse_clip
-from compressor.methods.reconstruction import LearningOptions, learn
+from compressor.methods.learning import LearningOptions
+from compressor.methods.reconstruction import learn
 from compressor.plan import WeightRef
 
 _LOG_STEEPEST = math.log(5)

@@ -11,56 +11,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from compressor.calibration import precision
 from compressor.decision import Outcome, Quantized
 from compressor.errors import NumericalError
 from compressor.formats.base import QParams, QuantFormat
-from compressor.methods.base import Block, Layer, MethodOptions
+from compressor.methods.base import Block, Layer
+from compressor.methods.blending import blended
+from compressor.methods.learning import LearningOptions
 
 PROBES = 4
 """Calibration samples whose loss decides which variables are kept."""
 
 PATIENCE = 10
 """Steps in a row without a finite loss after which learning gives up."""
-
-
-class LearningOptions(MethodOptions):
-    """Options of every method that learns by reconstruction."""
-
-    effort: Literal["fast", "balanced", "best"] = Field(
-        "balanced", description="fast, balanced or best: 50, 200 or 1000 iterations per block, unless iters says so"
-    )
-    iters: int | None = Field(None, ge=0, le=100_000, description="optimizer steps per block; effort decides if unset")
-    batch: int = Field(2, ge=1, le=64, description="calibration samples per step")
-    checks: int = Field(4, ge=1, le=100, description="times the loss on a fixed subset decides which variables to keep")
-    input_mix: float = Field(
-        1.0, ge=0, le=1, description="share of input values from the compressed prefix, the rest from the original"
-    )
-    balance: float = Field(
-        0.5, ge=0, le=1, description="of tokens in the loss: 0 for plain squared errors, 1 for errors relative to each"
-    )
-    precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="of the block's products while learning; auto: bf16 where processor and bits allow"
-    )
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps per block."""
-        return {"fast": 50, "balanced": 200, "best": 1000}[self.effort] if self.iters is None else self.iters
-
-    def products(self, device: torch.device, bits: int) -> AbstractContextManager[None]:
-        """Return the context the block's products are computed in; `bits` are those of its widest weight."""
-        if self.precision == "auto":
-            return precision.products(device, bits)
-        return nullcontext() if self.precision == "fp32" else torch.autocast(device.type, dtype=torch.bfloat16)
 
 
 class Rounding(Protocol):
@@ -131,7 +100,7 @@ def learn(
     nearest = {layer.ref.name: _nearest(layer, fmt) for layer, fmt in block.layers}
     decoded = {layer.ref.name: fmt.decode(*nearest[layer.ref.name]) for layer, fmt in block.layers}
     products = options.products(block.device, bits)
-    before = _probe_loss(block, decoded, _spread(block.n_samples, PROBES), products, options.balance)
+    before = _probe_loss(block, decoded, _spread(block.n_samples, PROBES * block.pieces), products, options.balance)
     del decoded
     roundings = {layer.ref.name: start(layer, fmt) for layer, fmt in block.layers}
     learned = reconstruct(block, roundings, options, bits, generator)
@@ -139,7 +108,7 @@ def learn(
     events = [f"{name}: no calibration token reached it, so it is rounded as it was" for name in learned.unreached]
     if learned.skipped:
         events.append(f"{block.name}: {learned.skipped} steps skipped, their loss was not finite")
-    if learned.end >= learned.start > 0 and options.steps:
+    if learned.end >= learned.start > 0 and options.steps(bits):
         events.append(f"{block.name}: learning did not lower the loss; the grid it started from is kept")
     if learned.end > before:
         events.append(f"{block.name}: rounding to nearest has the least loss, so that is what is kept")
@@ -177,7 +146,7 @@ def reconstruct(
         NumericalError: The loss is not finite at the start, or `PATIENCE` times in a row.
     """
     products = options.products(block.device, bits)
-    probes = _spread(block.n_samples, PROBES)
+    probes = _spread(block.n_samples, PROBES * block.pieces)
     start = best = _probe_loss(block, _rounded(roundings), probes, products, options.balance)
     if not math.isfinite(start):
         raise NumericalError(f"{block.name}: its rounded output is not finite before learning", "try another format")
@@ -186,17 +155,18 @@ def reconstruct(
     # One group per rate: the fused step then serves many variables at once.
     rates = sorted({rate for _, rate in variables})
     groups = [{"params": [v for v, own in variables if own == rate], "lr": rate} for rate in rates]
-    optimizer = torch.optim.Adam(groups, eps=1e-15, fused=True) if options.steps and groups else None
+    steps = options.steps(bits)
+    optimizer = torch.optim.Adam(groups, eps=1e-15, fused=True) if steps and groups else None
     order = _orders(block.n_samples, generator)
     skipped = in_a_row = 0
-    unreached = dict.fromkeys(roundings) if options.steps else {}
-    checks = {round(options.steps * (index + 1) / options.checks) for index in range(options.checks)}
-    for step in range(options.steps if optimizer else 0):
+    unreached = dict.fromkeys(roundings) if steps else {}
+    checks = {round(steps * (index + 1) / options.checks) for index in range(options.checks)}
+    for step in range(steps if optimizer else 0):
         assert optimizer is not None
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / options.steps))
-        samples = [next(order) for _ in range(options.batch)]
-        loss = _step(block, roundings, samples, options, products, generator, step / options.steps, unreached, start)
+            group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
+        samples = [next(order) for _ in range(options.batch * block.pieces)]
+        loss = _step(block, roundings, samples, options, bits, products, generator, step / steps, unreached, start)
         if math.isfinite(loss):
             optimizer.step()
             in_a_row = 0
@@ -209,7 +179,7 @@ def reconstruct(
                 )
         if step + 1 in checks:
             now = _probe_loss(block, _rounded(roundings), probes, products, options.balance)
-            block.progress(f"{block.name}: step {step + 1} of {options.steps}, loss {now:.3g} of {start:.3g}")
+            block.progress(f"{block.name}: step {step + 1} of {steps}, loss {now:.3g} of {start:.3g}")
             if now < best:
                 best = now
                 for copy, (variable, _) in zip(kept, variables, strict=True):
@@ -225,6 +195,7 @@ def _step(
     roundings: Mapping[str, Rounding],
     samples: list[int],
     options: LearningOptions,
+    bits: int,
     products: AbstractContextManager[None],
     generator: torch.Generator,
     progress: float,
@@ -244,6 +215,8 @@ def _step(
             if options.input_mix < 1:
                 keep = torch.rand(hidden.shape, generator=generator).to(hidden.device) < options.input_mix
                 hidden = torch.where(keep, hidden, block.fp_inputs(sample))
+            if reach := options.reach(bits):
+                hidden, target = blended(block, sample, hidden, reach, generator)
             weight = _token_weights(target, options.balance)
             size = float(target.square().mul_(weight).sum())
             unit = max(start * size * len(samples), torch.finfo(torch.float32).tiny)

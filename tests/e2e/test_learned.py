@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 import compressor
 from compressor import api
 from compressor.decision import Outcome
+from compressor.errors import RecipeError
 from compressor.methods.base import Block
 from compressor.methods.flexround import FlexRound
 from compressor.report import RunReport
@@ -78,6 +80,44 @@ def test_the_block_sees_the_compressed_prefix_and_the_original_target(
     assert torch.allclose(targets, states["original"], atol=1e-5)
     assert torch.allclose(inputs, states["compressed"], atol=1e-5)
     assert not torch.allclose(inputs, targets, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("format", "options", "pieces"), [("int2", {}, 2), ("int3", {}, 1), ("int3", {"window": 32}, 8)]
+)
+def test_two_bits_are_learned_on_short_windows_of_the_same_tokens(
+    format: str, options: dict[str, Any], pieces: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, int, int]] = []
+    steps = 0
+
+    def watch(self: FlexRound, block: Block, generator: torch.Generator) -> Outcome:
+        nonlocal steps
+        seen.append((block.pieces, block.n_samples, block.inputs(0).shape[1]))
+        forward = block.forward
+
+        def count(*given: Any) -> torch.Tensor:
+            nonlocal steps
+            steps += torch.is_grad_enabled()
+            return forward(*given)
+
+        return solve(self, replace(block, forward=count), generator)
+
+    solve = FlexRound.solve_block
+    monkeypatch.setattr(FlexRound, "solve_block", watch)
+    source, text = save_checkpoint(models.tiny_llama(layers=1), tmp_path / "source"), write_text(tmp_path / "text.txt")
+    call: dict[str, Any] = {"data": str(text), "n_samples": 3, "seq_len": 256, "format": format}
+    call |= {"group_size": 32, "options": {"iters": 2, **options}}
+    compressor.quantize(str(source), method="flexround", output=tmp_path / "out", **call)
+    assert seen == [(pieces, 3 * pieces, 256 // pieces)]
+    assert steps == 2 * 2 * pieces, "a step takes as many tokens as ever"
+
+
+def test_windows_that_do_not_divide_samples_are_refused(tmp_path: Path) -> None:
+    source, text = save_checkpoint(models.tiny_llama(layers=1), tmp_path / "source"), write_text(tmp_path / "text.txt")
+    with pytest.raises(RecipeError, match="window=24 does not divide samples of 32 tokens"):
+        run(source, tmp_path / "out", text, format="int4", options={"window": 24})
+    assert not (tmp_path / "out" / "config.json").exists()
 
 
 def spec(text: Path) -> Any:
