@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compressor.calibration.coverage import Coverage, ForcedRouting, Router
 from compressor.calibration.stats import Accumulator, Statistic
 from compressor.errors import UnsupportedError
 
@@ -28,6 +29,8 @@ class Capture:
         modules: fed_by id -> module whose first argument is the tensor (for experts: the expert stack).
         specs: What to collect for each id.
         device: Where sums live.
+        coverage: Counts the tokens of experts, and says how many each is to have.
+        routers: Expert stack -> its router; needed where tokens may have to be sent to experts against it.
     """
 
     def __init__(
@@ -36,8 +39,12 @@ class Capture:
         modules: Mapping[str, nn.Module],
         specs: tuple[Statistic, ...],
         device: torch.device,
+        coverage: Coverage | None = None,
+        routers: Mapping[str, Router] | None = None,
     ) -> None:
         self._modules = modules
+        self._routers = routers or {}
+        self.coverage = coverage or Coverage()
         self.sums: dict[str, Statistics] = {
             name: {spec: spec.start(width, device) for spec in specs} for name, width in widths.items()
         }
@@ -66,31 +73,55 @@ class Capture:
             for total in statistics.values():
                 total.close_lane()
 
+    def forced(self) -> ForcedRouting | None:
+        """Return what finds tokens for experts that lack some still, or None if none does or no router is known."""
+        lacking = {expert: n for expert, n in self.coverage.lacking().items() if expert[0] in self._routers}
+        if not lacking:
+            return None
+        stacks = {name.partition("#")[0]: module for name, module in self._modules.items() if "#" in name}
+        return ForcedRouting(lacking, stacks, self._routers)
+
+    def add_forced(self, found: ForcedRouting) -> None:
+        """Take the tokens that `forced` found into account, as a lane of their own."""
+        for (stack, expert), rows in found.found().items():
+            module = self._modules.get(f"{stack}#{expert}.in") or self._modules[f"{stack}#{expert}.mid"]
+            self.coverage.forced[stack, expert] = len(rows)
+            self._update_expert(module, stack, expert, rows)
+        self.close_lane()
+
     def _update(self, name: str, rows: Tensor) -> None:
         for total in self.sums[name].values():
             total.update(rows)
 
     def _dense_hook(self, name: str) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            self._update(name, args[0].detach().flatten(0, -2))
+            if not self.coverage.from_reserve:
+                self._update(name, args[0].detach().flatten(0, -2))
 
         return hook
 
     def _expert_hook(self, names: list[str]) -> Any:
         wanted = sorted({int(name.partition("#")[2].partition(".")[0]) for name in names})
         stack = names[0].partition("#")[0]
-        collected = set(names)  # not both of each expert: the format may refuse one width, or the user skip it
 
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             hidden, indices = args[0].detach(), args[1]
+            self.coverage.top_k[stack] = indices.shape[-1]
             for expert in wanted:
                 rows = hidden[(indices == expert).any(-1)]  # [tokens of this expert, hidden]
-                if f"{stack}#{expert}.in" in collected:
-                    self._update(f"{stack}#{expert}.in", rows)
-                if f"{stack}#{expert}.mid" in collected and len(rows):
-                    self._update(f"{stack}#{expert}.mid", expert_middle(module, expert, rows))
+                self._update_expert(module, stack, expert, rows[: self.coverage.take((stack, expert), len(rows))])
 
         return hook
+
+    def _update_expert(self, module: nn.Module, stack: str, expert: int, rows: Tensor) -> None:
+        """Add rows `[tokens, hidden]` to what is known about an expert's inputs.
+
+        Not both of its inputs need be collected: the format may refuse one width, or the user skip it.
+        """
+        if f"{stack}#{expert}.in" in self.sums:
+            self._update(f"{stack}#{expert}.in", rows)
+        if f"{stack}#{expert}.mid" in self.sums and len(rows):
+            self._update(f"{stack}#{expert}.mid", expert_middle(module, expert, rows))
 
 
 def expert_middle(module: nn.Module, expert: int, rows: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -47,16 +47,23 @@ class CalibrationSet:
         source: JSON-ready description: data, origin, split, seed, n_samples, seq_len.
         fingerprint: Hex SHA-256 of shape and token ids.
         events: Sentences about fall-backs and text left out; each ends in the report.
+        reserve: int64 `[n, seq_len]`, further windows for experts that too few tokens reach; None for none.
     """
 
     tokens: Tensor
     source: dict[str, str | int]
     fingerprint: str
     events: tuple[str, ...] = ()
+    reserve: Tensor | None = None
 
 
 def build(
-    spec: CalibrationSpec, tokenizer: Tokenizer, vocab_size: int, seed: int = 0, generate: Generate | None = None
+    spec: CalibrationSpec,
+    tokenizer: Tokenizer,
+    vocab_size: int,
+    seed: int = 0,
+    generate: Generate | None = None,
+    reserve: int = 0,
 ) -> CalibrationSet:
     """Build the calibration set.
 
@@ -71,6 +78,8 @@ def build(
         vocab_size: Rows of the model's embedding; every id must be below it.
         seed: Picks the windows, and seeds `generate`.
         generate: Needed for data "self" only.
+        reserve: Pick so many windows more, or as many as are left; none of text the model writes. Which windows are
+            picked as `tokens` does not depend on it.
 
     Raises:
         RecipeError: Too little text for `n_samples` windows, or the data is not known.
@@ -90,8 +99,9 @@ def build(
     ids, events = _encode(reading.documents, tokenizer)
     ids = ids[: POOL_FACTOR * needed]
     _check_vocabulary(ids, tokenizer, vocab_size)
-    tokens = _windows(ids, spec, seed)
-    return _sealed(tokens, spec, seed, reading.origin, reading.split, (*reading.events, *events))
+    tokens, further = _windows(ids, spec, seed, reserve)
+    sealed = _sealed(tokens, spec, seed, reading.origin, reading.split, (*reading.events, *events))
+    return sealed if not len(further) else replace(sealed, reserve=further)
 
 
 def load_text(data: str, *, text_column: str = "text", max_chars: int = 1 << 28) -> str:
@@ -225,7 +235,7 @@ def _check_vocabulary(ids: Tensor, tokenizer: Tokenizer, vocab_size: int) -> Non
         )
 
 
-def _windows(ids: Tensor, spec: CalibrationSpec, seed: int) -> Tensor:
+def _windows(ids: Tensor, spec: CalibrationSpec, seed: int, reserve: int) -> tuple[Tensor, Tensor]:
     available = ids.numel() // spec.seq_len
     if available < spec.n_samples:
         less = f"--n-samples {available}" if available else f"--seq-len {max(2, ids.numel())} --n-samples 1"
@@ -235,5 +245,7 @@ def _windows(ids: Tensor, spec: CalibrationSpec, seed: int) -> Tensor:
             f"use {less} or more text",
         )
     order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))
+    windows = ids[: available * spec.seq_len].view(available, spec.seq_len)
     picked = order[: spec.n_samples].sort().values
-    return ids[: available * spec.seq_len].view(available, spec.seq_len)[picked].clone()  # [n_samples, seq_len]
+    further = order[spec.n_samples : spec.n_samples + reserve].sort().values
+    return windows[picked].clone(), windows[further].clone()  # [n_samples, seq_len], [at most reserve, seq_len]

@@ -1,6 +1,7 @@
 """Compress Hugging Face checkpoints: quantize, write, reload, measure.
 
-The public API is what this module exports: `quantize`, `evaluate`, `load`, and the errors in `compressor.errors`.
+The public API is what this module exports (`quantize`, `prune`, `evaluate`, `load`) and the errors in
+`compressor.errors`.
 Importing it is cheap; torch and transformers load when a function is first touched. It also lets transformers load
 native checkpoints, from the moment transformers is imported.
 """
@@ -19,11 +20,17 @@ _hook.install()
 if TYPE_CHECKING:
     from compressor.api import quantize
     from compressor.measure import evaluate
+    from compressor.pruner import prune
     from compressor.runtime import load
 
-_LAZY = {"quantize": "compressor.api", "evaluate": "compressor.measure", "load": "compressor.runtime"}
+_LAZY = {
+    "quantize": "compressor.api",
+    "prune": "compressor.pruner",
+    "evaluate": "compressor.measure",
+    "load": "compressor.runtime",
+}
 
-__all__ = ["__version__", "evaluate", "load", "quantize"]
+__all__ = ["__version__", "evaluate", "load", "prune", "quantize"]
 
 
 def __getattr__(name: str) -> Any:

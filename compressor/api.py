@@ -15,7 +15,8 @@ from torch import Tensor
 
 from compressor import __version__
 from compressor import output as output_files
-from compressor.calibration.dataset import CalibrationSet, Generate, build
+from compressor.bits import MENU, BitChooser, Bits
+from compressor.calibration.dataset import CalibrationSet, Generate, build, fingerprint
 from compressor.checkpoint.blocks import BlockSequence
 from compressor.checkpoint.export import copy_side_files, result_config
 from compressor.checkpoint.resolve import resolve_model
@@ -27,13 +28,16 @@ from compressor.environment import load_tokenizer, pick_device, versions
 from compressor.errors import CompressorError, RecipeError, VerificationError
 from compressor.formats import get_format, parse_group_size
 from compressor.formats.activations import get_input_format
-from compressor.methods import get_method
-from compressor.methods.base import Method, Stream
-from compressor.plan import Plan, digest
+from compressor.formats.pruned import PRUNED
+from compressor.methods.base import Method, RouterMethod, Stream
+from compressor.plan import Kind, Plan, digest
 from compressor.planner import make_plan
 from compressor.process import peak_rss
+from compressor.pruning import get_method
+from compressor.pruning.base import PruneOptions
+from compressor.pruning.view import SearchMethod
 from compressor.recipe import CalibrationSpec, Override, Recipe
-from compressor.report import Progress, RunReport, Silent
+from compressor.report import Progress, Row, RunReport, Silent
 from compressor.verify import verify
 
 
@@ -59,12 +63,15 @@ def quantize(
     inputs: str | None = None,
     output: str | Path | None = None,
     data: str = "python-docs",
-    n_samples: int = 32,
+    n_samples: int | None = None,
     seq_len: int = 512,
+    min_expert_tokens: int | None = None,
     skip: Sequence[str] = (),
     skip_inputs: Sequence[str] = (),
     overrides: Mapping[str, str] | None = None,
     kv_cache: Literal["fp8"] | None = None,
+    target_bits: float | None = None,
+    menu: Sequence[str] = (),
     options: Mapping[str, Any] | None = None,
     seed: int = 0,
     device: str = "auto",
@@ -83,12 +90,16 @@ def quantize(
             see `compress list inputs`.
         output: Folder to write; None means `./<name>-<method>-<format>[-<inputs>]`.
         data: Calibration text: preset, local file, or Hub dataset.
-        n_samples: Windows of calibration text.
+        n_samples: Windows of calibration text; None: 32, or what the option `effort` asks for.
         seq_len: Tokens per window.
+        min_expert_tokens: Tokens every expert is calibrated on, topped up if need be; None: 0.5 % of all tokens; 0: as
+            they come.
         skip: Globs of tensors that stay dense; wins over `overrides`.
         skip_inputs: Globs of layers whose inputs stay in floating point.
         overrides: Glob -> format (`"int8"`, `"int8:channel"`) of tensors that get another one; the last match wins.
         kv_cache: Store scales for an FP8 key/value cache.
+        target_bits: Choose every layer's format so that so many bits are stored per weight; see `docs/moe.md`.
+        menu: Formats to choose from; none for int2, int3, int4, int6 and int8.
         options: Options of the method.
         seed: Seed of everything random.
         device: `auto`, `cpu`, `cuda`, ...
@@ -109,18 +120,28 @@ def quantize(
         skip_inputs=tuple(skip_inputs),
         overrides=make_overrides(overrides or {}, skip),
         kv_cache=kv_cache,
-        calibration=CalibrationSpec(data=data, n_samples=n_samples, seq_len=seq_len),
+        calibration=CalibrationSpec(
+            data=data,
+            seq_len=seq_len,
+            min_expert_tokens=min_expert_tokens,
+            **({} if n_samples is None else {"n_samples": n_samples}),
+        ),
         seed=seed,
         trust_remote_code=trust_remote_code,
     )
-    job = prepare(recipe, Path(output) if output is not None else None, device=device, force=force)
+    out = Path(output) if output is not None else None
+    if target_bits is None:
+        job = prepare(recipe, out, device=device, force=force)
+    else:
+        job, _ = prepare_bits(recipe, target_bits, menu, out, device=device, force=force, progress=progress)
     return execute(job, force=force, progress=progress or Silent())
 
 
 def needs_data(method: Method, recipe: Recipe) -> bool:
     """Return whether a run looks at calibration data."""
     static = recipe.inputs is not None and get_input_format(recipe.inputs).static
-    return method.stream is not Stream.NONE or recipe.kv_cache is not None or static
+    looks = method.stream is not Stream.NONE or isinstance(method, SearchMethod)
+    return looks or recipe.kv_cache is not None or static
 
 
 def make_overrides(formats: Mapping[str, str], skip: Sequence[str]) -> tuple[Override, ...]:
@@ -132,8 +153,17 @@ def make_overrides(formats: Mapping[str, str], skip: Sequence[str]) -> tuple[Ove
     return (*chosen, *(Override(match=match, keep=f"left out by --skip {match}") for match in skip))
 
 
-def prepare(recipe: Recipe, out: Path | None = None, *, device: str = "auto", force: bool = False) -> Job:
+def prepare(
+    recipe: Recipe, out: Path | None = None, *, device: str = "auto", force: bool = False, label: str | None = None
+) -> Job:
     """Plan a run from headers alone: what `--dry-run` shows.
+
+    Args:
+        recipe: What is wanted.
+        out: Folder to write; None for one named after model, method and format.
+        device: Where to compute.
+        force: Overwrite an earlier result.
+        label: What stands for the format in that name; None for the format.
 
     Raises:
         CompressorError: Anything that can be known to be wrong before reading weights.
@@ -153,14 +183,68 @@ def prepare(recipe: Recipe, out: Path | None = None, *, device: str = "auto", fo
     plan = make_plan(recipe, source, skeleton, blocks)
     resolved = recipe.model_copy(update={"format": plan.format, "inputs": plan.inputs})
     if out is None:
-        out = default_output(resolved, plan.format)
+        out = default_output(resolved, label or plan.format)
         output_files.check_output(out, force)
-    limit = getattr(skeleton.model.config.get_text_config(), "max_position_embeddings", None)
-    if needs_data(method, recipe) and limit and recipe.calibration.seq_len > limit:
+    job = Job(resolved, out, source, skeleton, blocks, method, plan)
+    if needs_data(method, recipe):
+        _check_window(job)
+    tokens = recipe.calibration.n_samples * recipe.calibration.seq_len
+    if needs_data(method, recipe) and expert_tokens(job) > tokens:
         raise RecipeError(
-            f"--seq-len {recipe.calibration.seq_len}: the model reads at most {limit} tokens", f"use --seq-len {limit}"
+            f"--min-expert-tokens {expert_tokens(job)}: there are {tokens} calibration tokens in all",
+            "raise --n-samples or --seq-len",
         )
-    return Job(resolved, out, source, skeleton, blocks, method, plan)
+    return job
+
+
+def _check_window(job: Job) -> None:
+    """Make sure that the model can read the windows of calibration text."""
+    limit = getattr(job.skeleton.model.config.get_text_config(), "max_position_embeddings", None)
+    if limit and job.recipe.calibration.seq_len > limit:
+        raise RecipeError(
+            f"--seq-len {job.recipe.calibration.seq_len}: the model reads at most {limit} tokens",
+            f"use --seq-len {limit}",
+        )
+
+
+def prepare_bits(
+    recipe: Recipe,
+    target: float,
+    menu: Sequence[str] = (),
+    out: Path | None = None,
+    *,
+    device: str = "auto",
+    force: bool = False,
+    progress: Progress | None = None,
+) -> tuple[Job, Bits]:
+    """Choose every layer's format for a wished number of bits, and plan the run with them.
+
+    Reads weights and calibration data: what a format costs is measured. The recipe of the job names every choice.
+
+    Args:
+        recipe: What is wanted; layers that its overrides name keep the formats given there.
+        target: Stored bits per weight, scales included, of the layers to choose for.
+        menu: Formats to choose from; none for the usual ones.
+        out: As `prepare`.
+        device: As `prepare`.
+        force: As `prepare`.
+        progress: Who is told how far it is.
+
+    Raises:
+        CompressorError: As `prepare`; or the target cannot be met.
+    """
+    progress, label = progress or Silent(), f"{target:g}bits"
+    for name in menu:
+        get_format(name, None, torch.bfloat16)
+    job = prepare(recipe, out, device=device, force=force, label=label)
+    _check_window(job)
+    progress.stage("reading calibration data")
+    tokens = calibrate(job).tokens
+    parts = (job.plan, job.source, job.skeleton, job.blocks, job.method, recipe)
+    bits = BitChooser(*parts, tuple(menu) or MENU, tokens, progress).choose(target)
+    chosen = recipe.model_copy(update={"overrides": (*bits.overrides, *recipe.overrides)})
+    job = prepare(chosen, out, device=device, force=force, label=label)
+    return replace(job, plan=replace(job.plan, notes=(bits.sentence(), *job.plan.notes))), bits
 
 
 def execute(job: Job, *, force: bool = False, progress: Progress | None = None) -> RunReport:
@@ -194,7 +278,11 @@ def execute(job: Job, *, force: bool = False, progress: Progress | None = None) 
 
 def _run(job: Job, plan: Plan, calibration: CalibrationSet | None, progress: Progress) -> RunReport:
     tokens = None if calibration is None else calibration.tokens
-    engine = Engine(plan, job.source, job.skeleton, job.blocks, job.method, tokens, job.out, job.recipe.seed, progress)
+    reserve = None if calibration is None else calibration.reserve
+    engine = Engine(
+        *(plan, job.source, job.skeleton, job.blocks, job.method, tokens, job.out, job.recipe.seed, progress, reserve),
+        min_expert_tokens=expert_tokens(job),
+    )
     resumed_at = len(engine.journal.read())
     units = engine.run()
     progress.stage("writing")
@@ -202,6 +290,8 @@ def _run(job: Job, plan: Plan, calibration: CalibrationSet | None, progress: Pro
     inputs = {name: value.cpu() for name, value in engine.probe_inputs().items()}
     save_file({"inputs": next(iter(inputs.values())), "logits": engine.probe_output(units[-1]).cpu()}, probe)
     engine.sink.publish()
+    if isinstance(job.method, SearchMethod):
+        job.method.publish(job.out)
     copy_side_files(job.source, job.out, code=job.recipe.trust_remote_code)
     recipe = {**job.recipe.model_dump(mode="json"), "source_revision": job.source.revision}
     write_json(job.out / output_files.RECIPE, recipe)
@@ -217,15 +307,22 @@ def _run(job: Job, plan: Plan, calibration: CalibrationSet | None, progress: Pro
         recipe=recipe,
         versions=versions(),
         rows=rows,
-        events=[event for unit in units for event in unit.events],
+        events=[*engine.events, *(event for unit in units for event in unit.events)],
         units=[{"name": unit.name, **unit.metrics} for unit in units],
         bytes_before=plan.bytes_before,
         bytes_after=plan.bytes_after,
         bits_per_weight=plan.bits_per_weight,
         mean_error=sum(errors) / len(errors) if errors else None,
+        sparsity=_sparsity(rows, {layer.ref.name: layer.ref.numel for layer in plan.compressed}),
         resumed_at=resumed_at,
         verification=verification,
     )
+
+
+def _sparsity(rows: Sequence[Row], sizes: Mapping[str, int]) -> float | None:
+    """Return the share of zeros among all values of the compressed tensors, given how many each has."""
+    zeros = [row.sparsity * sizes[row.name] for row in rows if row.sparsity is not None]
+    return sum(zeros) / sum(sizes.values()) if zeros else None
 
 
 def _verify(out: Path, probe: Path, trust_remote_code: bool) -> dict[str, Any]:
@@ -252,7 +349,24 @@ def calibrate(job: Job) -> CalibrationSet:
     """
     tokenizer = load_tokenizer(job.source.path, job.recipe.trust_remote_code)
     vocab_size = job.skeleton.model.config.get_text_config().vocab_size
-    return build(job.recipe.calibration, tokenizer, vocab_size, seed=job.recipe.seed, generate=_generator(job))
+    reserve = job.recipe.calibration.n_samples if expert_tokens(job) else 0
+    return build(job.recipe.calibration, tokenizer, vocab_size, job.recipe.seed, _generator(job), reserve)
+
+
+def expert_tokens(job: Job) -> int:
+    """Return how many tokens every expert is to be calibrated on; 0 for models without experts.
+
+    A method may wish for some shares of what an expert would get of one window if the router were even.
+    """
+    experts = [layer.ref for layer in job.plan.compressed if layer.ref.kind is Kind.EXPERT]
+    if not experts:
+        return 0
+    spec, wish = job.recipe.calibration, 0
+    top_k = getattr(job.skeleton.model.config.get_text_config(), "num_experts_per_tok", None)
+    if isinstance(job.method, RouterMethod) and top_k:
+        n_experts = job.skeleton.model.get_parameter(experts[0].param).shape[0]
+        wish = min(int(top_k / n_experts * spec.seq_len * job.method.balance), spec.n_samples * spec.seq_len)
+    return max(spec.expert_tokens, wish)
 
 
 def _generator(job: Job) -> Generate:
@@ -290,7 +404,9 @@ def digest_parts(job: Job, calibration: CalibrationSet | None) -> dict[str, Any]
     recipe = job.recipe.model_dump(mode="json", exclude={"model", "calibration"})
     return {
         **{f"recipe.{key}": value for key, value in recipe.items()},
+        **({"start": job.method.fingerprint()} if isinstance(job.method, SearchMethod) else {}),
         "calibration": calibration.fingerprint if calibration else None,
+        "expert tokens": None if calibration is None else _expert_digest(job, calibration),
         "source": job.source.fingerprint,
         "device": job.skeleton.device.type,
         "package version": __version__,
@@ -298,8 +414,22 @@ def digest_parts(job: Job, calibration: CalibrationSet | None) -> dict[str, Any]
     }
 
 
+def _expert_digest(job: Job, calibration: CalibrationSet) -> list[object] | None:
+    """Return what the statistics of experts depend on beside the calibration tokens; None for models without."""
+    wanted = expert_tokens(job)
+    return [wanted, None if calibration.reserve is None else fingerprint(calibration.reserve)] if wanted else None
+
+
 def default_output(recipe: Recipe, format_name: str) -> Path:
-    """Return `./<name>-<method>-<format>`, and the format of inputs behind it if they are rounded."""
+    """Return `./<name>-<method>-<format>`, and the format of inputs behind it if they are rounded.
+
+    In the place of a format, pruned checkpoints say how much is gone: `50`, or `2of4`.
+    """
     name = Path(recipe.model.partition("@")[0]).resolve().name.removesuffix(".gguf")
     name = re.sub(r"[^\w.-]+", "-", name)
-    return Path("-".join([name, recipe.method, format_name, *([recipe.inputs] if recipe.inputs else [])]))
+    words = [name, recipe.method]
+    pruning = getattr(get_method(recipe.method, recipe.options), "options", None)
+    if isinstance(pruning, PruneOptions):
+        words.append(str(pruning.groups).replace(":", "of") if pruning.groups else f"{100 * pruning.sparsity:g}")
+    words += [] if format_name == PRUNED else [format_name]
+    return Path("-".join([*words, *([recipe.inputs] if recipe.inputs else [])]))

@@ -20,11 +20,26 @@ class Quantized:
         codes: uint8 `[out, in]`.
         qparams: The grid, in stored precision.
         inputs: What must happen to the layer's input at run time, in order; empty for weight-only methods.
+        keep: bool `[out, in]`: False where the method pruned, and the codes mean zero; None if it prunes nothing.
     """
 
     codes: Tensor
     qparams: QParams
     inputs: tuple[InputOp, ...] = ()
+    keep: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Masked:
+    """Dense values, zero where the mask says so.
+
+    Attributes:
+        keep: bool `[out, in]`, False where the weight is pruned.
+        values: float32 `[out, in]`, +0 where pruned; kept ones may have moved.
+    """
+
+    keep: Tensor
+    values: Tensor
 
 
 @dataclass(frozen=True)
@@ -34,7 +49,7 @@ class Kept:
     reason: str
 
 
-Decision: TypeAlias = Quantized | Kept
+Decision: TypeAlias = Quantized | Masked | Kept
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from compressor.formats.base import SearchableFormat
 from compressor.formats.small_floats import SPLITS
 from compressor.methods.base import Method, Stream
 from compressor.methods.fp4 import FP4Options
-from compressor.methods.reconstruction import LearningOptions
+from compressor.methods.learning import LearningOptions
 from compressor.plan import Plan
+from compressor.pruning.base import PruningMethod
 from compressor.recipe import CalibrationSpec
 
 SECONDS_PER_BYTE = 4e-9
@@ -40,6 +41,8 @@ def estimate_seconds(plan: Plan, method: Method, spec: CalibrationSpec, device: 
     though bf16 may be faster.
     """
     seconds = plan.bytes_before * SECONDS_PER_BYTE
+    if isinstance(method, PruningMethod):
+        return seconds + 5 + method.operations(plan, spec.n_samples * spec.seq_len) / matmul_rate(device)
     ranges = any(layer.ranges for layer in plan.compressed)  # two passes more: to measure them, and with rounding
     if method.stream is Stream.NONE and not ranges:
         return seconds + 5
@@ -61,7 +64,7 @@ def estimate_seconds(plan: Plan, method: Method, spec: CalibrationSpec, device: 
             continue
         elif isinstance(options, LearningOptions):
             # Forward and backward pass of every sample of every step.
-            operations += 6.0 * options.steps * options.batch * spec.seq_len * rows * columns
+            operations += 6.0 * options.steps(fmt.bits) * options.batch * spec.seq_len * rows * columns
         elif isinstance(fmt, SearchableFormat) and fmt.group_size is None:
             # One scale spans a row, so each of the hundred candidates is judged by the whole second moment.
             operations += 2 * 170.0 * rows * columns * columns

@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 
 PIECE_BYTES = 1 << 20
+REPORT = "compress_report.json"
+"""What a run leaves beside its checkpoint; a folder that has it was written by this package."""
 
 
 def sha256_file(path: Path) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from compressor.calibration.capture import Capture
-from compressor.calibration.stats import Accumulator
+from compressor.calibration.stats import Accumulator, Statistic
 from compressor.checkpoint.skeleton import Skeleton
 from compressor.decision import Outcome
 from compressor.errors import NumericalError
@@ -75,13 +75,17 @@ class Folding:
 
     def _one(self, fold: Fold) -> tuple[str, ...]:
         readers = [self.layers[reader] for reader in fold.readers]
-        statistics = self.capture.sums[readers[0].ref.fed_by] if self.capture else {}
+        dense = tuple(self._layer(name) for name in fold.dense)
         site = FoldSite(
             fold=fold,
-            layers=tuple(Layer(r.ref, self._values(r.ref.name).clone(), stats=statistics) for r in readers),
+            layers=tuple(self._layer(reader) for reader in fold.readers),
             formats=tuple(self.format_of(reader) for reader in readers),
             storable=lambda c: self._producer(fold).storable(c),
+            dense=dense,
         )
+        # Readers of one tensor share its accumulators, and each is divided once.
+        fed = dict.fromkeys(self.layers[name].ref.fed_by for name in (*fold.readers, *fold.dense))
+        statistics = [total for name in fed for total in self._statistics(name).values()]
         chosen = self.method.fold(site)
         c, shift = chosen.c, chosen.shift
         assert c.shape == (fold.channels,), f"{fold.name}: {tuple(c.shape)} factors for {fold.channels} channels"
@@ -91,11 +95,26 @@ class Folding:
             self._divide_producer(fold, c)
             for reader in fold.readers:
                 self._values(reader).mul_(c)
-            for total in statistics.values():
+            for name in fold.dense:
+                self._multiply_dense(name, c)
+            for total in statistics:
                 total.divide(c)
         if shift is not None:
-            self._shift(fold, shift / c, statistics.values())
+            self._shift(fold, shift / c, statistics)
         return chosen.events
+
+    def _layer(self, name: str) -> Layer:
+        ref = self.layers[name].ref
+        return Layer(ref, self._values(name).clone(), stats=self._statistics(ref.fed_by))
+
+    def _statistics(self, fed_by: str) -> Mapping[Statistic, Accumulator]:
+        return self.capture.sums.get(fed_by, {}) if self.capture else {}
+
+    def _multiply_dense(self, name: str, c: Tensor) -> None:
+        """Multiply the columns of a matrix that stays dense; in memory it is exact, what is stored is rounded."""
+        stored = (self._stored(name).float() * c).to(self.tensors[name].dtype)
+        self._values(name).mul_(c)
+        self._rewrites[name] = stored.to(self.tensors[name].device)
 
     def _shift(self, fold: Fold, z: Tensor, statistics: Iterable[Accumulator]) -> None:
         """Subtract `z` `[channels]` from what a norm gives; its readers' biases make up for it."""
@@ -153,7 +172,7 @@ class Producer:
         """
         if self.fold.powers_of_two:
             c = c.log2().round().exp2()
-        elif self.fold.kind is FoldKind.NORM:
+        elif self.fold.kind in (FoldKind.NORM, FoldKind.EXPERTS):
             gain = self.dense[self.fold.scaled].float() + self.fold.offset
             rounded = self._quotient(self.fold.scaled, c).float() + self.fold.offset
             exact = gain / rounded

@@ -75,10 +75,10 @@ def plan_inputs(
     for layer in layers:
         matrix = layer.ref.matrix
         if layer.format and matrix:
-            reason = skipped.get(layer.ref.name) or reason_against_inputs(layer, fmt)
-            if reason:
+            if reason := skipped.get(layer.ref.name):
                 layer = replace(layer, inputs_kept_because=reason)
             else:
+                check_width(layer, fmt)
                 fold = folds.get(layer.ref.name)
                 own = method.steps(fmt, InputSite(layer.ref, fold)) if isinstance(method, InputMethod) else ()
                 steps = own or (fmt.describe(),)
@@ -97,24 +97,27 @@ def plan_inputs(
     return out
 
 
-def reason_against_inputs(layer: LayerPlan, fmt: InputFormat) -> str | None:
-    """Return why a compressed layer's inputs cannot be rounded, or None.
+def check_width(layer: LayerPlan, fmt: InputFormat) -> None:
+    """Make sure that a compressed layer's inputs divide into the format's groups.
 
     Raises:
-        UnsupportedError: Its width does not divide into groups.
+        UnsupportedError: They do not.
     """
-    if layer.ref.kind is Kind.EXPERT:
-        return "an expert: stock transformers rounds no inputs inside experts, and neither does the calibration here"
     assert layer.ref.matrix is not None
     if refusal := fmt.refuse(layer.ref.matrix[1]):
         raise UnsupportedError(
             f"{layer.ref.module}: --inputs {fmt.name}: {refusal}",
             f'use --inputs int8-token, or --skip-inputs "*.{layer.ref.module.rpartition(".")[2]}"',
         )
-    return None
 
 
 def input_notes(layers: list[LayerPlan]) -> tuple[str, ...]:
     """Say which inputs stay in floating point although the recipe asks to round inputs; one sentence per reason."""
     reasons = Counter(layer.inputs_kept_because for layer in layers if layer.inputs_kept_because)
-    return tuple(f"the inputs of {count} layers are not rounded: {reason}" for reason, count in reasons.items())
+    notes = [f"the inputs of {count} layers are not rounded: {reason}" for reason, count in reasons.items()]
+    if any(layer.inputs and layer.ref.kind is Kind.EXPERT for layer in layers):
+        notes.append(
+            "stock transformers rounds no inputs inside experts: a score there is that of their weights alone; "
+            "compressor.load rounds them"
+        )
+    return tuple(notes)

@@ -107,9 +107,17 @@ class Permute:
 
 @dataclass(frozen=True)
 class Rotate:
-    """Multiply consecutive channel blocks by an orthogonal matrix: `x.blocks @ matrix`. `matrix` is `[b, b]`."""
+    """Multiply consecutive channel blocks by a matrix, orthogonal up to its dtype: `x.blocks @ matrix`.
+
+    Attributes:
+        matrix: `[b, b]`, float32 or float16.
+        second: Whether it is the second rotation of a layer's input, stored beside the first.
+        half: Whether it is float16.
+    """
 
     matrix: Tensor
+    second: bool = False
+    half: bool = False
 
     def apply(self, x: Tensor) -> Tensor:
         """Return the block-rotated input; the width must be a multiple of the matrix size."""
@@ -118,11 +126,16 @@ class Rotate:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the rotation."""
-        return {"input_rotation": self.matrix}
+        return {_ROTATIONS[self.second]: self.matrix}
 
     def describe(self) -> dict[str, object]:
         """Return the JSON form."""
-        return {"op": "rotate", "size": self.matrix.shape[0]}
+        flags = {"half": self.half, "second": self.second}
+        return {"op": "rotate", "size": self.matrix.shape[0], **{key: True for key, set_ in flags.items() if set_}}
+
+
+_ROTATIONS = ("input_rotation", "input_rotation_2")
+"""Suffixes of a layer's first and second rotation."""
 
 
 @dataclass(frozen=True)
@@ -166,11 +179,24 @@ class Quantize:
         if x.numel() == 0:
             return x
         values = x.float()
+        if not self.format.symmetric:
+            return self._asymmetric(values).to(x.dtype)
         if self.format.group_size is not None:
             values = values.unflatten(-1, (-1, self.format.group_size))  # [..., groups, group]
         steps = self.steps(values)
         rounded = self._snap(values / steps) * steps
         return rounded.reshape(x.shape).to(x.dtype)
+
+    def _asymmetric(self, values: Tensor) -> Tensor:
+        """Return rows rounded to even steps between their smallest and largest value; zero is always a step."""
+        steps, half = 2**self.format.bits - 1, 2 ** (self.format.bits - 1)
+        low = values.amin(-1, keepdim=True).clamp(max=0) * self.clip
+        high = values.amax(-1, keepdim=True).clamp(min=0) * self.clip
+        scale = (high - low) / steps
+        scale = torch.where(scale == 0, torch.finfo(torch.float32).eps, scale)
+        zero = (-half - low / scale).clamp_(-half, half - 1).round_()
+        rounded: Tensor = ((values / scale).add_(zero).clamp_(-half, half - 1).round_() - zero) * scale
+        return rounded
 
     def saturated(self, x: Tensor) -> int:
         """Return how many values of `x` lie beyond the reach of a static scale by more than rounding explains."""
@@ -324,7 +350,8 @@ def rebuild(descriptions: Sequence[dict[str, object]], tensors: dict[str, Tensor
             elif name == "permute":
                 ops.append(Permute(tensors["input_order"]))
             elif name == "rotate":
-                ops.append(Rotate(tensors["input_rotation"]))
+                second, half = bool(entry.get("second")), bool(entry.get("half"))
+                ops.append(Rotate(tensors[_ROTATIONS[second]], second, half))
             elif name == "float":
                 bits, split = int(str(entry["bits"])), tensors["input_mantissa"]
                 ops.append(RoundFloat(bits, tensors[SCALE], split, tensors["input_pow2"]))
@@ -365,7 +392,8 @@ def stored_slots(
                 slots["input_shift_carry"] = Slot(torch.float32, (shape[0],))
         elif entry.get("op") == "rotate":
             size = int(str(entry["size"]))
-            slots["input_rotation"] = Slot(torch.float32, (size, size))
+            kind = torch.float16 if entry.get("half") else torch.float32
+            slots[_ROTATIONS[bool(entry.get("second"))]] = Slot(kind, (size, size))
         else:
             raise CheckpointError(f"unknown input operation {entry!r}", "the checkpoint needs a newer version")
     return slots

@@ -24,6 +24,8 @@ _BLOCKS = " ▁▂▃▄▅▆▇█"
 _REACH = 1.05
 """Bins end a little beyond the largest value: weights that were clipped lie there."""
 
+_TINY = 1e-30
+
 _SAME = 1e-5
 """Values of a grid that differ by less, in shares of the largest, are one."""
 
@@ -39,6 +41,9 @@ class LayerView:
         bits: Stored bits per weight, scales included.
         weight_error: From the report: `||W - W'|| / ||W||`; None without a report.
         output_error: From the report: the same for the layer's output; None without calibration data.
+        outlier: Its largest stored magnitude over the root mean square of all.
+        sparsity: Share of stored weights that are zero.
+        inputs: From the report: format its inputs are rounded to, or None.
     """
 
     name: str
@@ -47,6 +52,9 @@ class LayerView:
     bits: float
     weight_error: float | None
     output_error: float | None
+    outlier: float
+    sparsity: float
+    inputs: str | None = None
 
 
 @dataclass(frozen=True)
@@ -126,7 +134,21 @@ def inspect_checkpoint(
         exponent = packed.tensors.get("weight_exponent")
         kind = fmt.name if exponent is None else f"{fmt.name}, exponent {float(exponent):.3f}"
         bits = bits_per_weight(fmt, packed.shape)
-        layers.append(LayerView(name, kind, packed.shape, bits, said.get("weight_error"), said.get("output_error")))
+        weight = fmt.decode(*fmt.unpack(packed))
+        layers.append(
+            LayerView(
+                name=name,
+                format=kind,
+                shape=packed.shape,
+                bits=bits,
+                weight_error=said.get("weight_error"),
+                output_error=said.get("output_error"),
+                outlier=float(weight.abs().max() / weight.square().mean().sqrt().clamp(min=_TINY)),
+                sparsity=float((weight == 0).float().mean()),
+                inputs=said.get("inputs"),
+            )
+        )
+        del weight
         if name in drawn and isinstance(fmt, ScaledFormat):
             w = None if before is None else before.read([f"{name}.weight"])[f"{name}.weight"].float()
             drawings.append(draw(name, kind, fmt, *fmt.unpack(packed), w, bins))

@@ -11,11 +11,12 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from compressor import files
 from compressor.checkpoint.sink import WORK, write_json
 from compressor.errors import RecipeError, disk_error
 from compressor.files import sha256_file
 
-REPORT = "compress_report.json"
+REPORT = files.REPORT
 RECIPE = "compress_recipe.json"
 SEAL = "seal.json"
 

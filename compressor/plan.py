@@ -86,9 +86,32 @@ class WeightRef:
         return self.name.removesuffix(".weight")
 
     @property
+    def owner(self) -> str:
+        """Name of the module in memory that holds the parameter."""
+        return self.param.rpartition(".")[0]
+
+    @property
+    def role(self) -> str | None:
+        """Of an expert's projection in a fused stack: `gate`, `up` or `down`; else None."""
+        return role_of(self.param, self.where) if self.kind is Kind.EXPERT else None
+
+    @property
     def numel(self) -> int:
         """Number of values."""
         return math.prod(self.shape)
+
+
+def role_of(param: str, where: Where) -> str | None:
+    """Return what a part of a fused expert stack is: `gate`, `up` or `down`; None for other parameters.
+
+    Gate comes before up where both are in one parameter.
+    """
+    if where.expert is None:
+        return None
+    leaf = param.rpartition(".")[2]
+    if leaf != "gate_up_proj":
+        return leaf.removesuffix("_proj")
+    return "gate" if where.rows is not None and where.rows[0] == 0 else "up"
 
 
 class Operand(StrEnum):
@@ -128,6 +151,9 @@ class FoldKind(StrEnum):
     """From a norm's gain into the layers that read its output."""
     PRODUCT = "product"
     """From the rows of a linear layer, past a product or a ReLU, into the columns of the next: up -> down."""
+    EXPERTS = "experts"
+    """From a norm's gain into everything that reads its output in a mixture of experts: their gate and up projections,
+    those of shared experts, and the router."""
     VALUE = "value"
     """From the rows of the value projection, past attention, into the columns of the output projection."""
 
@@ -148,6 +174,7 @@ class Fold:
         powers_of_two: Factors must be powers of two, as something that is stored with few bits is divided by them.
         shifted: The readers' biases, in their order, where a shift of the channels can move from the norm's bias into
             them: all of these biases exist in float32. Else empty.
+        dense: Tensors on disk that read the channels too and stay dense, whose columns are multiplied and stored again.
     """
 
     name: str
@@ -160,6 +187,7 @@ class Fold:
     offset: float = 0.0
     powers_of_two: bool = False
     shifted: tuple[str, ...] = ()
+    dense: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,11 @@ from compressor.errors import RecipeError, UnsupportedError
 from compressor.formats import BUILDERS, FIXED_GROUP, get_format, parse_group_size
 from compressor.formats.base import QuantFormat, group_setting
 from compressor.input_plan import input_notes, plan_inputs, stored_as, with_inputs
-from compressor.methods import get_method
-from compressor.methods.base import Method
+from compressor.methods.base import Method, RouterMethod, Stream
 from compressor.methods.scaling import FoldingMethod
 from compressor.plan import OUTSIDE, ActivationSite, Fold, FoldKind, Kind, LayerPlan, Operand, Plan, WeightRef
+from compressor.pruning import get_method
+from compressor.pruning.view import SearchMethod
 from compressor.readers import check_experts, check_fused, check_kv_cache, reader_notes
 from compressor.recipe import Override, Recipe
 from compressor.weights import make_ref, natural_key, reason_to_keep
@@ -76,7 +77,7 @@ def make_plan(recipe: Recipe, source: Source, skeleton: Skeleton, blocks: BlockS
     layers = plan_inputs(recipe, layers, DTYPES[source.dtype], method, found)
     check_fused(layers)
     check_experts(layers)
-    layers = mark_rewritten(layers, found.folds)
+    layers = mark_rewritten(layers, found.folds, rounds_routers(method))
     if recipe.kv_cache:
         check_kv_cache(skeleton.model, layers, recipe.kv_cache, DTYPES[source.dtype])
     return Plan(
@@ -110,6 +111,13 @@ def plan_layer(
         return LayerPlan(ref, None, None, before, before, reason)
     assert ref.matrix is not None
     fmt, by_flag = default, recipe.group_size is not None
+    if ref.kind is Kind.CONV:
+        if method.stream is not Stream.NONE or recipe.inputs is not None:
+            why = f"convolution: only methods that look at no data compress it, and {method.name} does"
+            why = why if recipe.inputs is None else "convolution: its inputs cannot be rounded"
+            return LayerPlan(ref, None, None, before, before, why)
+        if not by_flag and fmt.name not in FIXED_GROUP:  # windows of 3 x 3 do not divide into usual groups
+            fmt = get_format(fmt.name, None, DTYPES[source.dtype])
     if override and override.format:
         by_flag = override.group_size is not None
         name, size = stored_as(override.format, override.group_size, recipe.inputs)
@@ -173,18 +181,38 @@ def plan_folds(method: Method, layers: list[LayerPlan], blocks: BlockSequence, h
         return Found((), {})
     kinds = [kind for kind in method.folds if not (has_kv_cache and kind is FoldKind.VALUE)]
     found = find_folds(blocks, layers, kinds)
+    if rounds_routers(method):  # whatever factors a router takes up, it is rounded behind them
+        routers = {layer.ref.name for layer in layers if layer.ref.kind is Kind.ROUTER and layer.ref.shape[0] > 1}
+        exact = {fold.name for fold in found.folds if fold.dense and not fold.bias and set(fold.dense) <= routers}
+        folds = (replace(fold, powers_of_two=False) if fold.name in exact else fold for fold in found.folds)
+        found = replace(found, folds=tuple(folds))
     if getattr(method, "shifts", False):
         return found
     return replace(found, folds=tuple(replace(fold, shifted=()) for fold in found.folds))
 
 
-def mark_rewritten(layers: list[LayerPlan], folds: tuple[Fold, ...]) -> list[LayerPlan]:
-    """Return the layers with the dense tensors that folds divide marked as such."""
+def rounds_routers(method: Method) -> bool:
+    """Return whether a method rounds the weights of routers, which stay dense."""
+    return isinstance(method, RouterMethod) and method.router_bits > 0
+
+
+def mark_rewritten(layers: list[LayerPlan], folds: tuple[Fold, ...], routers: bool) -> list[LayerPlan]:
+    """Return the layers with the dense tensors that change marked as such.
+
+    Args:
+        layers: The fate of every tensor.
+        folds: What divides and multiplies them.
+        routers: Whether routers are rounded.
+    """
     reasons = {
         name: f"divided per channel by factors that move into {', '.join(reader_names(fold))}"
         for fold in folds
         for name in (fold.scaled, fold.bias)
     }
+    reasons |= {name: "multiplied per channel by factors of the norm before it" for f in folds for name in f.dense}
+    if routers:
+        rounded = [layer.ref.name for layer in layers if layer.ref.kind is Kind.ROUTER and layer.ref.shape[0] > 1]
+        reasons |= dict.fromkeys(rounded, "a router, rounded so that it keeps its choices")
     reasons |= {name: "takes up a shift of its layer's inputs" for fold in folds for name in fold.shifted}
     return [
         replace(layer, rewritten_because=reasons[layer.ref.name])
@@ -196,7 +224,7 @@ def mark_rewritten(layers: list[LayerPlan], folds: tuple[Fold, ...]) -> list[Lay
 
 def reader_names(fold: Fold) -> list[str]:
     """Return the last names of a fold's readers."""
-    return [reader.removesuffix(".weight").rpartition(".")[2] for reader in fold.readers]
+    return list(dict.fromkeys(reader.removesuffix(".weight").rpartition(".")[2] for reader in fold.readers))
 
 
 def unfolded_notes(method: Method, found: Found) -> tuple[str, ...]:
@@ -247,5 +275,7 @@ def estimate_peak(layers: list[LayerPlan], method: Method, fmt: QuantFormat, n_b
         statistics = sum(2 * 4 * spec.size(width) for width in widths.values() for spec in method.stats(fmt))
         # A solver holds the weight, a candidate, two errors and a product of the layer it works on.
         solver = 5 * 4 * max((layer.ref.numel for layer in block if layer.format), default=0)
+        if isinstance(method, SearchMethod):
+            solver += method.memory([layer for layer in block if layer.format])
         largest = max(largest, weights + statistics + solver)
     return max(largest, outside)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from transformers import PreTrainedModel
 
 from compressor.errors import RecipeError, UnsupportedError
 from compressor.formats import ASYMMETRIC, FIXED_GROUP, get_format
+from compressor.formats.pruned import PRUNED
 from compressor.plan import OUTSIDE, Kind, LayerPlan
 
 
@@ -31,22 +34,31 @@ def check_fused(layers: list[LayerPlan]) -> None:
 
 
 def check_experts(layers: list[LayerPlan]) -> None:
-    """Refuse a plan whose experts mix schemes: readers choose one for all experts of a model.
+    """Refuse a plan whose experts mix schemes inside a layer, or packed with dense ones: readers choose one for all.
 
     Raises:
         RecipeError: Names the two weights that disagree.
     """
-    first: LayerPlan | None = None
+    first: dict[str, LayerPlan] = {}
     for layer in layers:
         if layer.ref.kind is not Kind.EXPERT or layer.ref.matrix is None:
             continue
-        first = first or layer
-        if scheme_of(first) != scheme_of(layer):
-            raise RecipeError(
-                f"{first.ref.module} is {scheme_of(first)} but {layer.ref.module} is {scheme_of(layer)}: readers need "
-                "one scheme for all experts",
-                'treat all experts alike: "*.experts.*"',
-            )
+        beside, start = first.setdefault(layer.ref.owner, layer), next(iter(first.values()))
+        for other, alike in (
+            (beside, scheme_of(beside) == scheme_of(layer)),
+            (start, (start.format is None) == (layer.format is None)),
+        ):
+            if not alike:
+                raise RecipeError(
+                    f"{other.ref.module} is {scheme_of(other)} but {layer.ref.module} is {scheme_of(layer)}: readers "
+                    "need one scheme for all experts",
+                    'treat all experts of a layer alike: "*.experts.*"',
+                )
+
+
+def mixes_experts(layers: Iterable[LayerPlan]) -> bool:
+    """Return whether experts of different layers have different schemes, which only this package's loader reads."""
+    return len({scheme_of(layer) for layer in layers if layer.ref.kind is Kind.EXPERT and layer.format}) > 1
 
 
 def check_kv_cache(model: PreTrainedModel, layers: list[LayerPlan], name: str, dtype: torch.dtype) -> None:
@@ -67,9 +79,10 @@ def check_kv_cache(model: PreTrainedModel, layers: list[LayerPlan], name: str, d
 
 def scheme_of(layer: LayerPlan) -> str:
     """Return what a layer becomes, as people write it: `int4 in groups of 64`, `nvfp4`, `dense`."""
-    if layer.format is None:
-        return "dense"
+    if layer.format in (None, PRUNED):
+        return "dense"  # zeros are values like any other to a reader
     inputs = f" with {layer.inputs} inputs" if layer.inputs else ""
+    assert layer.format is not None
     if layer.format in FIXED_GROUP:
         return layer.format + inputs
     if isinstance(layer.group_size, int):
@@ -79,6 +92,8 @@ def scheme_of(layer: LayerPlan) -> str:
 
 def reader_notes(layers: list[LayerPlan]) -> tuple[str, ...]:
     """Return what users of stock transformers must know; `tests/e2e/test_load_matrix.py` is the proof."""
+    if mixes_experts(layers):
+        return ("experts of different layers have different formats, which compressor.load alone reads",)
     experts = {layer.format for layer in layers if layer.ref.kind is Kind.EXPERT}
     ours = "load this checkpoint with compressor.load, or use --format mxfp4"
     if "nvfp4" in experts:
@@ -89,7 +104,7 @@ def reader_notes(layers: list[LayerPlan]) -> tuple[str, ...]:
         return (note,)
     if experts & {"fp8-block", "mxfp8", "int8-bytes"}:
         return (f"stock transformers raises on {' and '.join(sorted(map(str, experts)))} experts: {ours}",)
-    if None in experts and any(layer.format for layer in layers):
+    if None in experts and any(layer.format not in (None, PRUNED) for layer in layers):
         return ("stock transformers raises on dense experts beside packed layers: load it with compressor.load",)
     return ()
 

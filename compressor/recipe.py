@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+SAMPLES = {"fast": 16, "balanced": 32, "best": 128}
+"""Windows of calibration text for each `effort`: more steps than samples to take them on would learn these by heart."""
+
+EXPERT_SHARE = 0.005
+"""Share of the calibration tokens that every expert is to see unless the recipe says otherwise."""
 
 
 class CalibrationSpec(BaseModel):
@@ -17,10 +24,20 @@ class CalibrationSpec(BaseModel):
         min_length=1,
         description="a preset's name, a .txt or .jsonl file, or a Hub dataset as owner/name or owner/name:config",
     )
-    n_samples: int = Field(default=32, ge=1, le=65_536, description="windows of text the methods see")
+    n_samples: int = Field(default=SAMPLES["balanced"], ge=1, le=65_536, description="windows of text the methods see")
     seq_len: int = Field(default=512, ge=2, le=1_048_576, description="tokens in one window")
     text_column: str = Field(default="text", min_length=1, description="column (or JSON key) that holds the text")
     split: str = Field(default="train", min_length=1, description="split of a Hub dataset")
+    min_expert_tokens: int | None = Field(
+        default=None, ge=0, description="tokens every expert is calibrated on; None: 0.5 % of all; 0: as they come"
+    )
+
+    @property
+    def expert_tokens(self) -> int:
+        """Tokens every expert is to be calibrated on."""
+        if self.min_expert_tokens is not None:
+            return self.min_expert_tokens
+        return math.ceil(EXPERT_SHARE * self.n_samples * self.seq_len)
 
 
 class Override(BaseModel):
@@ -66,3 +83,12 @@ class Recipe(BaseModel):
     calibration: CalibrationSpec = Field(default_factory=CalibrationSpec)
     seed: int = Field(0, ge=0, le=2**63 - 1, description="seed of everything random")
     trust_remote_code: bool = Field(False, description="run model code that comes with the checkpoint")
+
+    @model_validator(mode="after")
+    def _as_many_samples_as_effort_asks_for(self) -> Recipe:
+        """Where the number of samples is left open, the method's `effort` decides, if it has one."""
+        if "n_samples" in self.calibration.model_fields_set or self.options.get("effort") not in SAMPLES:
+            return self
+        calibration = self.calibration.model_copy(update={"n_samples": SAMPLES[self.options["effort"]]})
+        object.__setattr__(self, "calibration", calibration)  # frozen for everybody else
+        return self

@@ -20,7 +20,11 @@ class Row:
         output_error: The same for the layer's output on calibration data, or None where there was none.
         tokens: Calibration tokens the layer saw.
         inputs: Format its inputs are rounded to at run time, or None.
+        routed: Of an expert, the calibration tokens its router sends to it; `tokens` counts those it was topped up with
+            too. None for other tensors, and where nothing was calibrated.
         input_error: `||x' - x|| / ||x||` of rounding them, on calibration data; None where none passed.
+        sparsity: Share of zeros among the values that were written; None for kept tensors.
+        pruned: Share of the weights that a mask removes, whatever their values were; None where no mask was chosen.
     """
 
     name: str
@@ -33,6 +37,9 @@ class Row:
     tokens: int = 0
     inputs: str | None = None
     input_error: float | None = None
+    routed: int | None = None
+    sparsity: float | None = None
+    pruned: float | None = None
 
     @property
     def error(self) -> float | None:
@@ -56,6 +63,7 @@ class RunReport:
         bytes_after: Weight bytes in the result.
         bits_per_weight: Of the compressed weights, scales included.
         mean_error: Mean output error of the compressed layers (weight error where there was no data).
+        sparsity: Share of zeros among all values of the compressed layers, as written.
         seconds: Wall time of this process; a resumed run counts only its own.
         peak_rss: Peak resident memory of this process, bytes.
         resumed_at: Units a previous run had finished.
@@ -74,6 +82,7 @@ class RunReport:
     bytes_after: int = 0
     bits_per_weight: float = 0.0
     mean_error: float | None = None
+    sparsity: float | None = None
     seconds: float = 0.0
     peak_rss: int = 0
     resumed_at: int = 0

@@ -89,8 +89,6 @@ def reason_to_keep(ref: WeightRef) -> str | None:
         return "embedding: a table look-up, no matmul; often tied to the output head"
     if ref.kind is Kind.ROUTER:
         return "router: tiny, and an error in it sends tokens to other experts"
-    if ref.kind is Kind.CONV:
-        return "convolution: no format stores convolutions yet"
     if ref.kind is Kind.OTHER:
         return "not a matrix of a linear layer (norm, bias, table or buffer)"
     if ref.kind is Kind.EXPERT and ref.matrix is None:

@@ -29,6 +29,7 @@ from compressor.evals.perplexity import (
     windows,
 )
 from compressor.evals.results import Estimate, TaskResult
+from compressor.evals.routing import RouterWatch
 
 Progress = Callable[[int, int], None]
 
@@ -42,11 +43,13 @@ class Comparison:
         baseline: The original's.
         kl: KL(baseline || candidate) of the next-token distributions in nats (mean, and its 99th percentile over tokens
             by nearest rank), and the share of positions where both models rank the same token first.
+        routers: What became of the choices of experts; None for models without.
     """
 
     candidate: TaskResult
     baseline: TaskResult
     kl: TaskResult
+    routers: TaskResult | None = None
 
 
 def compare(
@@ -76,9 +79,13 @@ def compare(
         check_tokens(text.tokens, text.context, model)
     parts: list[tuple[Tensor, ...]] = []
     cut = list(windows(text.tokens, text.context))
+    watch = RouterWatch(candidate, baseline)
     for index, window in enumerate(cut):
-        ours = window_logits(candidate, window, names[0], index)
-        theirs = window_logits(baseline, window, names[1], index)
+        with watch.attached():
+            ours = window_logits(candidate, window, names[0], index)
+            theirs = window_logits(baseline, window, names[1], index)
+        if watch:
+            watch.window()
         if ours.shape != theirs.shape:
             raise RecipeError(
                 f"{names[0]} predicts {ours.shape[-1]} tokens, {names[1]} {theirs.shape[-1]}",
@@ -93,6 +100,7 @@ def compare(
         candidate=perplexity_result(nll_ours, text),
         baseline=perplexity_result(nll_theirs, text),
         kl=_kl_result(kl, agrees, text),
+        routers=watch.result(text) if watch else None,
     )
 
 

@@ -175,7 +175,7 @@ def gate(
 def _judge(rule: Rule, baseline: Evaluation, new: Evaluation, level: float, by_group: bool) -> Judgement:
     task, metric = resolve(rule.metric, new.tasks)
     ours, theirs = new.tasks[task], baseline.tasks.get(task)
-    if task == MEASURED_AGAINST_BASELINE:
+    if task in MEASURED_AGAINST_BASELINE:
         check_reference(baseline, new)
     if theirs is not None and metric not in theirs.metrics:
         theirs = None

@@ -18,9 +18,13 @@ PAIRS_YAML = SUITES / "tasks" / f"{PAIRS}.yaml"
 PAIRS_PER_PHENOMENON = 10
 """Pairs taken of each phenomenon of a user's file; the first ones."""
 
+AGAINST_BASELINE = ("kl", "routers")
+"""Tasks that are computed while both models run, and that the original alone has no result of."""
+
 BUILT_IN = {
     "perplexity": "how well each model predicts a text (--text, --max-tokens, --context)",
     "kl": "KL divergence to the baseline and top-1 agreement on the same text; needs a baseline",
+    "routers": "choices of experts: agreement with the baseline's, KL, load; for mixtures of experts, with a baseline",
     PAIRS: "40 pairs of sentences that come with the package: which one is right?",
     f"{PAIRS}:FILE.jsonl": "the same for your pairs (uid, good, bad), 10 of each uid",
 }
@@ -81,15 +85,18 @@ def choose(
     suite: str | None,
     *,
     has_baseline: bool,
+    has_experts: bool = False,
     num_fewshot: int | None = None,
     limit: int | None = None,
 ) -> tuple[TaskSpec, ...]:
     """Turn what the user asked for into tasks, in that order: the suite's first, then the named ones.
 
     Args:
-        names: Task names and paths; None means none beside a suite, else perplexity, and KL if there is a baseline.
+        names: Task names and paths; None means none beside a suite, else perplexity, and KL if there is a baseline, and
+            routers if there are experts too.
         suite: Name of a suite or path of its YAML.
         has_baseline: Whether there is a model to compare with.
+        has_experts: Whether the models are mixtures of experts.
         num_fewshot: Overrides that of every lm-eval task.
         limit: Overrides that of every lm-eval task.
 
@@ -99,15 +106,20 @@ def choose(
     """
     chosen = list(_of_suite(read_suite(suite), Path(suite).parent)) if suite else []
     if names is None and not suite:
-        names = ("perplexity", "kl") if has_baseline else ("perplexity",)
+        names = ("perplexity", *(AGAINST_BASELINE if has_experts else ("kl",))) if has_baseline else ("perplexity",)
     chosen += [_spec(name, Path()) for name in names or ()]
     if not chosen:
         raise RecipeError("no task is named", "give --tasks perplexity, or see compress eval --list")
     for spec in chosen:
         if [other.name for other in chosen].count(spec.name) > 1:
             raise RecipeError(f"task {spec.name} is named twice", "name it once")
-    if not has_baseline and any(spec.name == "kl" for spec in chosen):
-        raise RecipeError("kl compares with a baseline and there is none", "name the original with --baseline")
+    for spec in chosen:
+        if spec.name in AGAINST_BASELINE and not has_baseline:
+            raise RecipeError(
+                f"{spec.name} compares with a baseline and there is none", "name the original with --baseline"
+            )
+        if spec.name == "routers" and not has_experts:
+            raise RecipeError("routers: the model has no experts", "leave the task out")
     return tuple(_overridden(spec, num_fewshot, limit) for spec in chosen)
 
 
@@ -152,7 +164,7 @@ def _of_suite(suite: Suite, folder: Path) -> Iterable[TaskSpec]:
 def _spec(name: str, folder: Path) -> TaskSpec:
     """Tell by its looks what a task is; paths are relative to `folder`."""
     name = name.strip()
-    if name in ("perplexity", "kl"):
+    if name in ("perplexity", *AGAINST_BASELINE):
         return TaskSpec(name, Kind.TEXT)
     if name == PAIRS:
         return TaskSpec(name, Kind.FILE, path=PAIRS_YAML)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,8 @@ class Model:
         if where.expert is not None and where.expert >= param.shape[0]:
             return None  # an expert the model does not have
         shape = tuple(where.of(param).shape)
+        if len(shape) == 4:
+            return shape[0], math.prod(shape[1:])  # a convolution is packed as one row per filter
         return (shape[0], shape[1]) if len(shape) == 2 else None
 
     def kind(self, name: str) -> Kind:

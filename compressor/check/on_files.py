@@ -105,7 +105,7 @@ def rows(checkpoint: Checkpoint) -> Iterator[Finding]:
     for row in (checkpoint.report or {}).get("rows") or []:
         name, action = str(row["name"]), row["action"]
         module = checkpoint.modules.get(name.removesuffix(".weight"))
-        dense = action in ("kept", "rewritten")
+        dense = action in ("kept", "rewritten", "pruned")
         if dense and (name not in checkpoint.tensors or checkpoint.owner(name) is not None):
             yield error(name, f"was {action} dense, says {REPORT}, but is not stored so", "the folder was mixed up")
         elif not dense and module is None:

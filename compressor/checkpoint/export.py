@@ -16,11 +16,13 @@ from typing import Any
 
 from torch import nn
 
+from compressor.checkpoint.cuts import CUTS, cuts_of
 from compressor.checkpoint.source import INDEX, Source
 from compressor.errors import disk_error
 from compressor.formats.activations import INPUT_FORMATS
 from compressor.formats.base import QuantFormat
 from compressor.formats.native import MODEL_TYPE_PREFIX, QUANT_METHOD, native_entry
+from compressor.formats.pruned import PRUNED
 from compressor.formats.schemes import KV_SCHEME
 from compressor.plan import Kind, LayerPlan, Plan
 
@@ -44,17 +46,27 @@ def result_config(source: dict[str, Any], plan: Plan, format_of: FormatOf, model
         model: The model (on meta): every linear layer it has must be either compressed or ignored by name.
     """
     config = dict(source)
-    if is_native(plan, format_of):
-        config["base_model_type"] = source.get("model_type")
-        config["model_type"] = MODEL_TYPE_PREFIX + str(source.get("model_type"))
-        config["quantization_config"] = native_config(plan, format_of)
-    else:
+    section = config.pop("quantization_config", None)
+    cuts = cuts_of(source)
+    if all(layer.format == PRUNED for layer in plan.compressed):
+        return config if cuts is None else {**config, "quantization_config": section}  # dense like its source
+    if cuts is None and not is_native(plan, format_of):
         config["quantization_config"] = compressed_tensors_config(plan, format_of, model)
+        return config
+    base = source.get("base_model_type") or source.get("model_type")
+    config["base_model_type"], config["model_type"] = base, MODEL_TYPE_PREFIX + str(base)
+    config["quantization_config"] = native_config(plan, format_of)
+    if cuts is not None:
+        config["quantization_config"][CUTS] = dict(cuts)
     return config
 
 
 def is_native(plan: Plan, format_of: FormatOf) -> bool:
-    """Return whether a format, or a treatment of inputs, has no place in a compressed-tensors checkpoint."""
+    """Return whether something has no place in a compressed-tensors checkpoint: format, inputs, or convolutions."""
+    if any(layer.ref.kind is Kind.CONV for layer in plan.compressed):
+        return True
+    if len({(layer.format, layer.group_size, layer.inputs) for layer in plan.compressed if layer.ref.role}) > 1:
+        return True  # readers choose one scheme for the experts of all layers
     return any(format_of(layer).container is None or not is_plain(layer.steps) for layer in plan.compressed)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -53,6 +54,8 @@ def find_folds(blocks: BlockSequence, layers: Iterable[LayerPlan], kinds: Collec
         if block is not None:
             search.try_module(name, block)
     search.try_experts()
+    if FoldKind.EXPERTS in kinds:
+        search.try_mixtures()
     return search.result()
 
 
@@ -199,6 +202,71 @@ class _Search:
                 readers = (down.ref.name,)
                 self._add(Fold(up.module, FoldKind.PRODUCT, up.block, up.name, None, readers, up.matrix[0]))
 
+    def try_mixtures(self) -> None:
+        """Add a fold from every norm that feeds a mixture of experts, if all that reads it can take factors."""
+        trace = self.blocks.trace()
+        for stack in trace.experts:
+            block = self.blocks.index_of(stack)
+            beside = [name for name, read in trace.reads.items() if read == trace.reads.get(stack) and name != stack]
+            norm = self._norm_before(stack)
+            if block is None or norm is None:
+                continue
+            module = self.blocks.model.get_submodule(norm)
+            route = self._route_into(norm, stack, beside)
+            experts = [layer for layer in self.layers if layer.ref.owner == stack and layer.ref.role in ("gate", "up")]
+            readers = [self.whole[f"{name}.weight"] for name in beside if f"{name}.weight" in self.whole]
+            reason = route.obstacle
+            if reason is None and not (experts and all(layer.format for layer in experts)):
+                reason = "not all of its experts are compressed"
+            if reason is None and len(readers) < len(beside):
+                reason = "something reads it whose weight is not on disk"
+            if reason is None and any(self.owners[id(p)] > 1 for p in module.parameters(recurse=False)):
+                reason = "its parameters are shared with another module"
+            if reason is None and norm_offset(module) is None:
+                reason = f"{type(module).__name__} does not multiply each channel by a weight of its own"
+            if reason is not None:
+                for layer in experts:
+                    self.reasons[layer.ref.name] = self._without_prefix(f"{norm}: {reason}")
+                continue
+            self._add(self._mixture(norm, module, block, experts, readers))
+
+    def _norm_before(self, stack: str) -> str | None:
+        """Return the module whose output a stack reads, if it is one with a weight per channel."""
+        for name, outputs in self.flow.outputs.items():
+            module = self.blocks.model.get_submodule(name)
+            weight = getattr(module, "weight", None)
+            if not isinstance(weight, nn.Parameter) or weight.ndim != 1 or not outputs or outputs[0].ndim == 0:
+                continue
+            if stack in self.flow.follow(outputs[0], self.linears, (stack,)).readers:
+                return name
+        return None
+
+    def _route_into(self, norm: str, stack: str, beside: Iterable[str]) -> Route:
+        """Follow a norm's output into a stack and all that reads beside it, routers included."""
+        width = self.flow.outputs[norm][0].shape[-1]
+        products = {name: SimpleNamespace(in_features=width) for name in beside}
+        return self.flow.follow(self.flow.outputs[norm][0], {**self.linears, **products}, (stack,))
+
+    def _mixture(
+        self, norm: str, module: nn.Module, block: int, experts: list[LayerPlan], readers: list[LayerPlan]
+    ) -> Fold:
+        scaled, bias = self.whole[f"{norm}.weight"], self.whole.get(f"{norm}.bias")
+        dense = [layer for layer in readers if not layer.format]
+        short = [name for name in (*(layer.ref.param for layer in dense),) if self._is_short(name)]
+        short += [bias.ref.param] if bias is not None and self._is_short(bias.ref.param) else []
+        return Fold(
+            name=norm,
+            kind=FoldKind.EXPERTS,
+            block=block,
+            scaled=scaled.ref.name,
+            bias=None if bias is None else bias.ref.name,
+            readers=tuple(layer.ref.name for layer in (*experts, *(r for r in readers if r.format))),
+            channels=scaled.ref.shape[0],
+            offset=norm_offset(module) or 0.0,
+            powers_of_two=bool(short),
+            dense=tuple(layer.ref.name for layer in dense),
+        )
+
     def _refusal(self, name: str, module: nn.Module, kind: FoldKind, block: int, route: Route) -> str | None:
         """Return why the channels of a module may not be divided although their way is free, or None."""
         if not route.readers:
@@ -274,6 +342,7 @@ class _Search:
 
 _WORDS = {
     FoldKind.NORM: "norms",
+    FoldKind.EXPERTS: "norms into mixtures of experts",
     FoldKind.PRODUCT: "products and activations",
     FoldKind.VALUE: "attention",
 }

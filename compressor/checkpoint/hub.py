@@ -50,7 +50,7 @@ SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*")
 _UTILS: Any = utils  # documented functions, but none that type checkers see exported
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_CLIENTS = ("httpx", "httpx2", "httpcore", "requests", "urllib3")
+CLIENTS = ("httpx", "httpx2", "httpcore", "requests", "urllib3")
 """Packages whose errors mean that the connection failed; which of them the Hub client uses has changed before."""
 
 _CONTINUES = "check the network and run this again: it continues where it was cut off; HF_HUB_OFFLINE=1 uses the cache"
@@ -76,7 +76,7 @@ def fetch(repo: str, revision: str | None, offline: str | None, trust_remote_cod
     pinned = revision is not None and _COMMIT.fullmatch(revision)
     if pinned and not trust_remote_code and (folder := _complete(repo, revision)):
         return folder, folder.name  # a commit never changes: nothing to ask
-    with _explained(repo, revision), _quiet_client():
+    with _explained(repo, revision), quiet_client():
         info = HfApi().model_info(repo, revision=revision)
         commit, names = str(info.sha), [sibling.rfilename for sibling in info.siblings or ()]
         refuse_names(repo, names)
@@ -219,7 +219,7 @@ def _explained(repo: str, revision: str | None) -> Iterator[None]:
             f"{repo}: not in the cache, and no Hub answers at {urlsplit(constants.ENDPOINT).hostname}", _CONTINUES
         ) from error
     except Exception as error:
-        if type(error).__module__.partition(".")[0] in _CLIENTS or isinstance(error, ConnectionError | TimeoutError):
+        if type(error).__module__.partition(".")[0] in CLIENTS or isinstance(error, ConnectionError | TimeoutError):
             raise HubError(f"{repo}: the connection failed ({type(error).__name__})", _CONTINUES) from error
         if not isinstance(error, OSError):
             raise
@@ -229,7 +229,7 @@ def _explained(repo: str, revision: str | None) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet_client() -> Iterator[None]:
+def quiet_client() -> Iterator[None]:
     """Keep the client's notices off the terminal, and its progress bars unless a person is watching."""
     level, hidden = _UTILS.logging.get_verbosity(), _UTILS.are_progress_bars_disabled()
     _UTILS.logging.set_verbosity_error()

@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compressor.checkpoint.cuts import CUTS
 from compressor.checkpoint.source import DTYPE_NAMES, DTYPES, FLOATS, Source, TensorInfo, fits
 from compressor.errors import CheckpointError, UnsupportedError
 from compressor.formats.base import PackedTensor, QuantFormat
+from compressor.formats.native import QUANT_METHOD
 from compressor.formats.schemes import Schemes
 
 _ORIGINAL = "start from the full-precision checkpoint it was made from"
@@ -42,11 +44,19 @@ _ACTIVATION_LEAVES = frozenset(
 
 @dataclass(frozen=True)
 class PackedDecoder:
-    """Decodes one matrix of a compressed-tensors container."""
+    """Decodes one matrix of a compressed-tensors container, or of a native one.
+
+    Attributes:
+        module: Name on disk.
+        fmt: How it is packed.
+        shape: Of the matrix, `[out, in]`.
+        window: What follows the filters in the weight's own shape; None for a matrix.
+    """
 
     module: str
     fmt: QuantFormat
     shape: tuple[int, int]
+    window: tuple[int, ...] | None = None
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -54,7 +64,7 @@ class PackedDecoder:
         return tuple(f"{self.module}.{suffix}" for suffix in self.fmt.layout(self.shape))
 
     def decode(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Return `[out, in]` float32.
+        """Return `[out, in]`, or `[out, *window]`, float32.
 
         Raises:
             CheckpointError: A tensor is not what the format stores for this shape.
@@ -64,7 +74,8 @@ class PackedDecoder:
             tensor = tensors[f"{self.module}.{suffix}"]
             stored[suffix] = tensor.to(slot.dtype) if tensor.dtype in FLOATS and slot.dtype in FLOATS else tensor
         try:
-            return self.fmt.decode(*self.fmt.unpack(PackedTensor(self.fmt.name, self.shape, stored)))
+            matrix = self.fmt.decode(*self.fmt.unpack(PackedTensor(self.fmt.name, self.shape, stored)))
+            return matrix if self.window is None else matrix.reshape(len(matrix), *self.window)
         except CheckpointError as error:
             raise CheckpointError(f"{self.module}: {error.message}", error.hint) from error
 
@@ -116,13 +127,18 @@ def refuse_quantized(config: Mapping[str, Any], where: object) -> None:
         UnsupportedError: Names the method and says what to do.
     """
     section = quantization_of(config)
-    if section is None or section.get("quant_method") in ("compressed-tensors", "fp8"):
+    if section is None or section.get("quant_method") in ("compressed-tensors", "fp8") or _only_cut(section):
         return
     method = str(section.get("quant_method", "unknown"))
     raise UnsupportedError(
         f"{where}: is quantized already (quant_method {method!r}) in a way that is not decoded here",
         _REFUSED.get(method, _ORIGINAL),
     )
+
+
+def _only_cut(section: Mapping[str, Any]) -> bool:
+    """Return whether a native config packs nothing: the model has fewer channels, its weights are dense."""
+    return section.get("quant_method") == QUANT_METHOD and CUTS in section and not section.get("modules")
 
 
 def dequantizing(source: Source) -> Source:
@@ -133,7 +149,7 @@ def dequantizing(source: Source) -> Source:
         UnsupportedError: A quantization that is not decoded here.
     """
     section = quantization_of(source.config)
-    if section is None:
+    if section is None or _only_cut(section):
         return source
     refuse_quantized(source.config, source.path)
     method = section["quant_method"]

@@ -30,6 +30,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from compressor.checkpoint.custom_code import custom_class, needs_code
+from compressor.checkpoint.cuts import apply_cuts, cuts_of
 from compressor.checkpoint.source import read_json
 from compressor.errors import CheckpointError, UnsupportedError
 from compressor.plan import Where
@@ -84,6 +85,7 @@ class Skeleton:
             raise UnsupportedError(f"{cls_.__name__}: encoder-decoder models have two block stacks; not supported yet")
         with torch.device(META), quiet():
             model = cls_(config)
+        apply_cuts(model, cuts_of(read_json(path / "config.json")))
         skeleton = cls(model.eval(), device or torch.device("cpu"))
         skeleton._rebuild_buffers()
         return skeleton

@@ -16,24 +16,28 @@ import click
 import typer
 
 from compressor import __version__
-from compressor.cli import bench, check, evaluate, gate, generate, inspect, listing, quantize
+from compressor.cli import auto, bench, check, evaluate, gate, generate, inspect, listing, prune, push, quantize, run
 from compressor.cli.render import print_error
 from compressor.errors import CompressorError, RecipeError
 
 app = typer.Typer(
     name="compress",
-    help="Compress Hugging Face checkpoints: quantize, write, reload, measure.",
+    help="Compress Hugging Face checkpoints: quantize, prune, write, reload, measure.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("quantize")(quantize.quantize)
+app.command("prune")(prune.prune)
 app.command("eval")(evaluate.evaluate)
 app.command("gate")(gate.gate)
 app.command("generate")(generate.generate)
 app.command("check")(check.check)
 app.command("inspect")(inspect.inspect)
 app.command("bench")(bench.bench)
+app.command("run")(run.run)
+app.command("auto")(auto.auto)
+app.command("push")(push.push)
 app.command("list")(listing.listing)
 
 
@@ -47,7 +51,7 @@ def _version(value: bool) -> None:
 def _options(
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
 ) -> None:
-    """Compress Hugging Face checkpoints: quantize, write, reload, measure."""
+    """Compress Hugging Face checkpoints: quantize, prune, write, reload, measure."""
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from compressor.evals.results import Estimate, Evaluation
     from compressor.measure import Evaluated
 
+TEXT_TASKS = ("perplexity", "kl", "routers")
+"""Tasks on the text; the names of their metrics say enough."""
+
 
 def evaluate(
     model: Annotated[str | None, typer.Argument(metavar="DIR", help="Checkpoint, or a model by its name.")] = None,
@@ -82,7 +85,7 @@ def evaluation_table(result: Evaluated) -> Any:
     for name, task in ours.tasks.items():
         reference = theirs.tasks.get(name) if theirs else None
         for metric, estimate in task.metrics.items():
-            row = [metric if name in ("perplexity", "kl") else f"{name} {metric}"]
+            row = [metric if name in TEXT_TASKS else f"{name} {metric}"]
             if theirs:
                 known = reference.metrics.get(metric) if reference else None
                 change = difference(task, reference, metric) if reference else None
@@ -114,7 +117,8 @@ def _change(estimate: Estimate | None, relative: bool) -> str:
 def _footer(result: Evaluated) -> list[str]:
     """Say what was scored, how, and where the numbers lie."""
     tasks = result.model.tasks
-    lines = [_described(name, result.model) for name in tasks if name != "kl" or "perplexity" not in tasks]
+    first = next((name for name in tasks if name in TEXT_TASKS), None)  # the text is the same for all of them
+    lines = [_described(name, result.model) for name in tasks if name == first or name not in TEXT_TASKS]
     cached = (result.baseline.timing if result.baseline else {}).get("cached") or []
     if cached:
         lines.append(f"of the original, from the cache: {', '.join(cached)}")
@@ -126,7 +130,7 @@ def _footer(result: Evaluated) -> list[str]:
 def _described(name: str, evaluation: Evaluation) -> str:
     task = evaluation.tasks[name]
     settings = task.settings
-    if name in ("perplexity", "kl"):
+    if name in TEXT_TASKS:
         return f"{settings['n_tokens']} predicted tokens of {settings['text']} in windows of {settings['context']}"
     return f"{name}: {len(task.samples)} documents, {settings['num_fewshot']} examples in the prompt"
 

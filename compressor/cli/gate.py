@@ -13,7 +13,7 @@ from rich.text import Text
 
 from compressor.cli.render import STDOUT, print_json, table
 from compressor.errors import disk_error
-from compressor.files import replace_text
+from compressor.files import REPORT, replace_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -47,11 +47,14 @@ def gate(
     from compressor.evals.gate import gate as judge
     from compressor.evals.results import Evaluation
     from compressor.evals.rules import parse_rule, read_rules
+    from compressor.evals.verdict import write_verdict
 
     wanted = [*(parse_rule(text) for text in rule or ()), *(read_rules(rules) if rules else ())]
     result = judge(
         Evaluation.read(base), Evaluation.read(new), wanted, confidence=confidence, strict=strict, by_group=by_group
     )
+    if (new.parent / REPORT).is_file():
+        write_verdict(new.parent, result)
     if json_:
         print_json(result.to_json())
     else:

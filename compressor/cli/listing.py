@@ -1,4 +1,4 @@
-"""`compress list methods|formats|inputs|models [NAME]`."""
+"""`compress list methods|pruners|formats|inputs|models|recipes [NAME]`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import typer
 from compressor.cli.render import STDOUT, print_json, table
 from compressor.errors import did_you_mean
 
-WHAT = ("formats", "inputs", "methods", "models")
+WHAT = ("formats", "inputs", "methods", "models", "pruners", "recipes")
 
 
 def listing(
-    what: Annotated[str, typer.Argument(help="methods, formats, inputs or models.")],
+    what: Annotated[str, typer.Argument(help="methods, pruners, formats, inputs, models or recipes.")],
     name: Annotated[str | None, typer.Argument(help="Show one in full.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
@@ -25,8 +25,11 @@ def listing(
     entries = _entries(what)
     if name is not None and name not in entries:
         raise did_you_mean(what.removesuffix("s"), name, entries)
-    if name is not None and what == "methods":
-        _method(name, json_)
+    if name is not None and what in ("methods", "pruners"):
+        _method(what, name, json_)
+        return
+    if name is not None and what == "recipes" and not json_:
+        _recipe(name)
         return
     chosen = {name: entries[name]} if name is not None else entries
     if json_:
@@ -40,6 +43,10 @@ def _entries(what: str) -> dict[str, str]:
         from compressor.methods import SUMMARIES
 
         return SUMMARIES
+    if what == "pruners":
+        from compressor.pruning import PRUNERS
+
+        return {name: pruner.summary for name, pruner in PRUNERS.items()}
     if what == "formats":
         from compressor.formats import SUMMARIES as FORMATS
 
@@ -48,6 +55,10 @@ def _entries(what: str) -> dict[str, str]:
         from compressor.formats.activations import INPUT_SUMMARIES
 
         return INPUT_SUMMARIES
+    if what == "recipes":
+        from compressor.ship.pipeline import shipped
+
+        return shipped()
     from compressor.checkpoint.default_model import EMBEDDED
 
     return {key: model.summary for key, model in EMBEDDED.items()}
@@ -62,14 +73,23 @@ def _rows(entries: dict[str, str]) -> list[list[str]]:
     return rows
 
 
-def _method(name: str, json_: bool) -> None:
+def _recipe(name: str) -> None:
+    """Print a recipe as it is, so that it can be kept and changed."""
+    import sys
+
+    from compressor.ship.pipeline import RECIPES
+
+    sys.stdout.write((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))
+
+
+def _method(what: str, name: str, json_: bool) -> None:
     """Print a method's page and its options with their defaults."""
     import sys
 
-    from compressor import methods
+    from compressor import methods, pruning
     from compressor.methods.base import describe_options
 
-    cls: Any = methods.method_class(name)
+    cls: Any = methods.method_class(name) if what == "methods" else pruning.pruner_class(name)
     options = describe_options(cls.Options)
     page = Path(sys.modules[cls.__module__].__file__ or "").with_suffix(".md").read_text(encoding="utf-8")
     if json_:

@@ -25,8 +25,15 @@ def quantize(
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write.", show_default=False)] = None,
     data: Annotated[str, typer.Option(help="Calibration text: preset, .txt, .jsonl, or Hub dataset.")] = "python-docs",
-    n_samples: Annotated[int, typer.Option(min=1, max=65_536, help="Windows of calibration text.")] = 32,
+    n_samples: Annotated[
+        int | None,
+        typer.Option(min=1, max=65_536, help="Windows of calibration text; default 32, or what --effort asks for."),
+    ] = None,
     seq_len: Annotated[int, typer.Option(min=2, max=1_048_576, help="Tokens per window.")] = 512,
+    min_expert_tokens: Annotated[
+        int | None,
+        typer.Option(min=0, help="Tokens every expert is calibrated on; default 0.5 % of all; 0: as they come."),
+    ] = None,
     skip: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Leave tensors dense (repeatable).")] = None,
     skip_inputs: Annotated[
         list[str] | None, typer.Option(metavar="GLOB", help="Leave inputs of layers as they are (repeatable).")
@@ -37,6 +44,15 @@ def quantize(
     ] = None,
     kv_cache: Annotated[
         str | None, typer.Option(metavar="fp8", help="Store scales for an FP8 key/value cache.")
+    ] = None,
+    effort: Annotated[
+        str | None, typer.Option(help="fast, balanced or best: steps and samples of methods that learn.")
+    ] = None,
+    target_bits: Annotated[
+        float | None, typer.Option(min=1, max=16, help="Choose each layer's format for so many stored bits per weight.")
+    ] = None,
+    menu: Annotated[
+        str | None, typer.Option(metavar="A,B,...", help="Formats --target-bits chooses from; default int2 to int8.")
     ] = None,
     option: Annotated[
         list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="Option of the method (repeatable).")
@@ -52,14 +68,18 @@ def quantize(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
     """Compress a checkpoint and write it as safetensors."""
+    if menu is not None and target_bits is None:
+        raise RecipeError("--menu says nothing without --target-bits", "for example --target-bits 3.5")
     options = parse_options(option or [])
+    if effort is not None:
+        options["effort"] = effort
     check_names(method, format, group_size, inputs)
     formats = parse_overrides(set_ or [])
     if kv_cache not in (None, "fp8"):
         raise did_you_mean("key/value cache format", str(kv_cache), ["fp8"])
     if quiet or json_:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from compressor.api import execute, make_overrides, prepare
+    from compressor.api import execute, make_overrides, prepare, prepare_bits
     from compressor.recipe import CalibrationSpec, Recipe
 
     recipe = Recipe(
@@ -72,13 +92,26 @@ def quantize(
         skip_inputs=tuple(skip_inputs or ()),
         overrides=make_overrides(formats, skip or ()),
         kv_cache="fp8" if kv_cache else None,
-        calibration=CalibrationSpec(data=data, n_samples=n_samples, seq_len=seq_len),
+        calibration=CalibrationSpec(
+            data=data,
+            seq_len=seq_len,
+            min_expert_tokens=min_expert_tokens,
+            **({} if n_samples is None else {"n_samples": n_samples}),
+        ),
         seed=seed,
         trust_remote_code=trust_remote_code,
     )
     if not quiet and not json_:
         STDERR.print(f"compress quantize {model}: method {method}", soft_wrap=True, markup=False)
-    job = prepare(recipe, output, device=device, force=force)
+    if target_bits is None:
+        job = prepare(recipe, output, device=device, force=force)
+    else:
+        wanted = parse_menu(menu)
+        with RichProgress(quiet or json_) as progress:
+            job, bits = prepare_bits(recipe, target_bits, wanted, output, device=device, force=force, progress=progress)
+        if not json_:
+            STDOUT.print(table("formats chosen", ["layers", "formats"], [list(row) for row in bits.table()], text=True))
+            STDOUT.print(bits.sentence(), soft_wrap=True)
     if dry_run:
         show_plan(job, json_)
         return
@@ -88,9 +121,21 @@ def quantize(
         print_json(report)
     else:
         STDOUT.print(report_table(report))
+        if coverage := expert_coverage(report):
+            STDOUT.print(coverage, soft_wrap=True)
         events = len(report["events"])
         if events:
             STDOUT.print(f"{events} notes, see {report['output']}/compress_report.json", soft_wrap=True)
+
+
+def expert_coverage(report: dict[str, Any]) -> str | None:
+    """Return a line about the calibration tokens of experts, or None where there were none."""
+    units = [unit for unit in report["units"] if "expert_tokens_fewest" in unit]
+    if not units:
+        return None
+    fewest, most = min(u["expert_tokens_fewest"] for u in units), max(u["expert_tokens_most"] for u in units)
+    topped = sum(u["experts_topped_up"] for u in units)
+    return f"calibration tokens the router sends to an expert: {fewest:g} to {most:g}; topped up: {topped:g} experts"
 
 
 def check_names(method: str, format: str | None, group_size: str | None, inputs: str | None) -> None:
@@ -98,7 +143,10 @@ def check_names(method: str, format: str | None, group_size: str | None, inputs:
     from compressor.formats import BUILDERS, parse_group_size
     from compressor.formats.activations import get_input_format
     from compressor.methods import METHODS
+    from compressor.pruning import PRUNERS
 
+    if method not in METHODS and method in PRUNERS:
+        raise RecipeError(f"method {method} prunes", f"use compress prune --method {method}")
     if method not in METHODS:
         raise did_you_mean("method", method, METHODS)
     if format is not None and format not in BUILDERS:
@@ -128,6 +176,21 @@ def parse_overrides(pairs: list[str]) -> dict[str, str]:
         formats.pop(match, None)  # given twice: the later one, in the later place
         formats[match] = text
     return formats
+
+
+def parse_menu(text: str | None) -> tuple[str, ...]:
+    """Turn `A,B,...` into names of formats, none for none.
+
+    Raises:
+        RecipeError: A name is unknown.
+    """
+    from compressor.formats import BUILDERS
+
+    names = tuple(name.strip() for name in (text or "").split(",") if name.strip())
+    for name in names:
+        if name not in BUILDERS:
+            raise did_you_mean("format", name, BUILDERS)
+    return names
 
 
 def parse_options(pairs: list[str]) -> dict[str, Any]:

@@ -146,5 +146,7 @@ def report_table(report: dict[str, Any]) -> Table:
         ["peak RAM", size(report["peak_rss"])],
         ["verified", f"relative logit difference {report['verification']['relative_error']:.1e} after reloading"],
     ]
+    if report["sparsity"] is not None:
+        rows.insert(2, ["zeros among compressed weights", f"{100 * report['sparsity']:.2f} %"])
     recipe = report["recipe"]
     return table(f"{report['output']}  ({recipe['method']}, {recipe['format']})", ["", "result"], rows)

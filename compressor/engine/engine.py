@@ -6,7 +6,8 @@ import gc
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from contextlib import nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from compressor.calibration import kv_cache, precision
 from compressor.calibration.capture import Capture
+from compressor.calibration.coverage import Coverage
+from compressor.calibration.stats import Statistic
 from compressor.calibration.store import Boundary, HiddenStore
 from compressor.checkpoint.attention import as_products
 from compressor.checkpoint.blocks import BlockSequence, Recording, example_inputs
@@ -21,6 +24,7 @@ from compressor.checkpoint.sink import WORK, Journal, Sink
 from compressor.checkpoint.skeleton import Skeleton
 from compressor.checkpoint.source import DTYPES, Source
 from compressor.decision import Outcome
+from compressor.engine.experts import find_routers, routers_of
 from compressor.engine.rounding import InputRounding
 from compressor.engine.solver import BlockOf, Solved, Solver
 from compressor.engine.streams import CARRIED, COMPRESSED, FP, Streams
@@ -29,11 +33,14 @@ from compressor.folding import Folding, folded_rows
 from compressor.formats import get_format
 from compressor.formats.activations import get_input_format
 from compressor.formats.base import QuantFormat, Slot
+from compressor.formats.pruned import PRUNED
 from compressor.inputs import stored_slots
-from compressor.methods.base import Block, Layer, Method, Stream, SurveyMethod
+from compressor.methods.base import Block, Layer, Method, RouterMethod, Stream, SurveyMethod
+from compressor.methods.learning import LearningOptions
 from compressor.methods.rounding import InputMethod
 from compressor.methods.scaling import FoldingMethod
-from compressor.plan import OUTSIDE, LayerPlan, Plan
+from compressor.plan import OUTSIDE, Kind, LayerPlan, Plan
+from compressor.pruning.view import ModelView, SearchMethod
 from compressor.report import Progress, Row
 from compressor.unit import Unit
 
@@ -53,6 +60,8 @@ class Engine:
         out: The folder to write; `out/.compress-work` must exist and be ours.
         seed: Seed of the method's generators.
         progress: Who is told.
+        reserve: Tokens `[n, seq_len]` of samples that only experts with too few tokens look at, or None.
+        min_expert_tokens: Tokens that statistics of every expert are to rest on; 0 for any number.
     """
 
     def __init__(
@@ -66,7 +75,10 @@ class Engine:
         out: Path,
         seed: int,
         progress: Progress,
+        reserve: Tensor | None = None,
+        min_expert_tokens: int = 0,
     ) -> None:
+        self.min_expert_tokens = min_expert_tokens
         self.plan, self.source, self.skeleton, self.blocks = plan, source, skeleton, blocks
         self.method, self.progress = method, progress
         dtype = DTYPES[plan.default_dtype]
@@ -87,7 +99,15 @@ class Engine:
         hidden = self.work / "hidden"
         widest = max((fmt.bits for fmt in self._formats.values()), default=0)
         context = precision.products(self.device, widest)
-        self.streams = Streams(hidden, carried, blocks, tokens if carried else None, self.device, context)
+        self.pieces = 1
+        if tokens is not None and isinstance(options := getattr(method, "options", None), LearningOptions):
+            window = options.window_of(widest, tokens.shape[1])
+            self.pieces = tokens.shape[1] // window
+            tokens, reserve = tokens.reshape(-1, window), None if reserve is None else reserve.reshape(-1, window)
+        used = (tokens, reserve) if carried else (None, None)
+        self.streams = Streams(hidden, carried, blocks, used[0], self.device, context, used[1])
+        self.tokens, self.seed = tokens, seed
+        self.events: list[str] = []
         self.probe_store = HiddenStore(hidden, "probe", self.device)
         self.solver = Solver(method, skeleton, self.format_of, seed)
 
@@ -97,10 +117,14 @@ class Engine:
         self.sink.allocate()
         names = [*self.plan.blocks, "outside the blocks"]
         self.progress.units(len(names), len(done))
-        if len(done) == len(names):
+        if len(done) == len(names) and not isinstance(self.method, SearchMethod):
             return done
         if isinstance(self.method, SurveyMethod):
             self.method.survey(self._weights)
+        if isinstance(self.method, SearchMethod):
+            self.events += self.method.search(self._view())
+        if len(done) == len(names):
+            return done
         with self._outside_resident():
             hidden, recording = self.blocks.prologue(self.probe_inputs())
             if self.streams.stores:
@@ -132,6 +156,44 @@ class Engine:
         assert layer.format is not None, layer.ref.name
         return self._formats[layer.format, layer.group_size]
 
+    def _view(self) -> ModelView:
+        """Return what a method that searches over the whole model gets to see."""
+        assert self.tokens is not None, f"{self.method.name} searches, but there are no calibration tokens"
+        return ModelView(
+            self.plan,
+            self.source,
+            self.skeleton,
+            self.blocks,
+            self.tokens,
+            self.work,
+            self.seed,
+            self.progress,
+            self._one_shot,
+        )
+
+    def _one_shot(self, method: Method) -> None:
+        """Run a LAYER method over all blocks, each behind the decided ones before it; nothing is written."""
+        specs = tuple(dict.fromkeys(spec for fmt in self._formats.values() for spec in method.stats(fmt)))
+        carried = CARRIED[method.stream]
+        streams = Streams(
+            self.work / "one-shot", carried, self.blocks, self.tokens if carried else None, self.device, nullcontext()
+        )
+        solver = Solver(method, self.skeleton, self.format_of, self.seed)
+        with self._outside_resident():
+            entering = streams.enter(first=True)
+        for index in range(len(self.plan.blocks)):
+            layers = self.plan.in_block(index)
+            tensors = self.source.read(layer.ref.name for layer in layers)
+            self.skeleton.load(tensors)
+            capture = self._capture(layers, specs)
+            if capture:
+                streams.observe(index, entering, capture)
+            solver.solve(layers, capture, tensors, self._block_of(index, {}, {}))
+            entering = {name: streams.advance(index, name, entering, None) for name in streams.stores}
+            streams.drop_all_but(entering)
+            self.skeleton.free({layer.ref.param for layer in layers})
+        streams.drop_all_but({})
+
     def _slots(self) -> dict[str, Slot]:
         """Name, dtype and shape of every tensor of the result, in plan order."""
         slots: dict[str, Slot] = {}
@@ -150,6 +212,8 @@ class Engine:
     def _layout(self, layer: LayerPlan) -> dict[str, Slot]:
         """Return suffix -> dtype and shape of what a compressed layer stores."""
         assert layer.ref.matrix is not None
+        if layer.format == PRUNED:
+            return {"weight": Slot(DTYPES[layer.ref.dtype], layer.ref.shape)}
         inputs = stored_slots(layer.steps, layer.ref.matrix, DTYPES[self.plan.default_dtype])
         return {**self.format_of(layer).layout(layer.ref.matrix), **inputs}
 
@@ -165,6 +229,7 @@ class Engine:
             for layer in layers:
                 if layer.format:
                     weight = self.skeleton.part(layer.ref.param, layer.ref.where).detach().clone()
+                    weight = weight.reshape(layer.ref.matrix or weight.shape)
                     yield Layer(layer.ref, weight), self.format_of(layer)
             self.skeleton.free({layer.ref.param for layer in layers})
 
@@ -220,7 +285,7 @@ class Engine:
         tensors = self.source.read(layer.ref.name for layer in layers)
         self.skeleton.load(tensors)
         streams: dict[str, Boundary] = {}
-        capture = self._capture(layers)
+        capture = self._capture(layers, self.specs)
         ranges = {name: kv_cache.KVRange(self.skeleton.model.get_submodule(name)) for name in self.plan.cached(index)}
         behind = self.method.stream in (Stream.COMPRESSED, Stream.BOTH)  # statistics are those of the compressed prefix
         if FP in self.streams.stores:
@@ -232,6 +297,7 @@ class Engine:
         folded = self._fold(index, before, recording, capture, tensors)
         block_of = self._block_of(index, before.streams, streams)
         solved = self.solver.solve(layers, capture, {**tensors, **folded.rewrites}, block_of)
+        rewrites = {**folded.rewrites, **self._round_routers(layers, capture, solved)}
         for name in scales:
             solved.packed.update(self._quantize_cache(name, scales[name]))
         rounding = self._round_inputs(index, before, solved)
@@ -242,17 +308,29 @@ class Engine:
         rounding.detach()
         unit_hash = self.sink.write(solved.packed)
         self.skeleton.free({layer.ref.param for layer in layers})
-        rows = folded_rows(solved.rows, layers, self.plan, folded.rewrites)
-        events = [*folded.events, *solved.events, *saturated]
+        rows = folded_rows(solved.rows, layers, self.plan, rewrites)
+        topped_up: list[str] = []
+        if capture:
+            rows = [self._with_routed(row, capture.coverage) for row in rows]
+            topped_up = capture.coverage.events()
+            solved.metrics.update(capture.coverage.metrics())
+        events = [*topped_up, *folded.events, *solved.events, *saturated]
         saved = self._save_probe(index + 1, probe)
         del tensors, solved.packed, capture
         gc.collect()
         return Unit(self.plan.blocks[index], unit_hash, rows, events, saved, streams, solved.metrics)
 
+    def _with_routed(self, row: Row, coverage: Coverage) -> Row:
+        """Say of an expert's weight how many calibration tokens the router sends to it."""
+        ref = self._refs[row.name]
+        return (
+            row if ref.where.expert is None else replace(row, routed=coverage.routed.get((ref.owner, ref.where.expert)))
+        )
+
     def _round_inputs(self, index: int, before: Unit, solved: Solved) -> InputRounding:
         """Let the block's layers round their inputs from now on; what they store joins what is to be written."""
         rounding = InputRounding(self.skeleton, self.plan.in_block(index), DTYPES[self.plan.default_dtype])
-        ranges = rounding.ranges()
+        ranges = rounding.ranges(self.min_expert_tokens)
         if ranges:
             self.streams.observe(index, before.streams, ranges)
         solved.packed.update(rounding.attach(solved.inputs, ranges))
@@ -303,18 +381,48 @@ class Engine:
             writer.append(hidden)
             return writer.close()
 
-    def _capture(self, layers: tuple[LayerPlan, ...]) -> Capture | None:
+    def _capture(self, layers: tuple[LayerPlan, ...], specs: tuple[Statistic, ...]) -> Capture | None:
         """Prepare accumulators, one per tensor that compressed layers read."""
-        if not self.specs:
+        if not specs:
             return None
         widths, modules = {}, {}
         for layer in layers:
             if layer.format and layer.ref.matrix:
                 widths[layer.ref.fed_by] = layer.ref.matrix[1]
                 modules[layer.ref.fed_by] = self.skeleton.model.get_submodule(layer.ref.param.rpartition(".")[0])
-                if "#" in layer.ref.fed_by:
-                    modules[layer.ref.fed_by] = self.skeleton.model.get_submodule(layer.ref.fed_by.partition("#")[0])
-        return Capture(widths, modules, self.specs, self.device)
+            elif self._rounds_routers and layer.ref.kind is Kind.ROUTER and layer.ref.matrix:
+                widths[layer.ref.fed_by] = layer.ref.matrix[1]
+                modules[layer.ref.fed_by] = self.skeleton.model.get_submodule(layer.ref.owner)
+            if layer.ref.fed_by in widths and "#" in layer.ref.fed_by:
+                modules[layer.ref.fed_by] = self.skeleton.model.get_submodule(layer.ref.fed_by.partition("#")[0])
+        coverage, routers = Coverage(self.min_expert_tokens), find_routers(layers, self.skeleton)
+        return Capture(widths, modules, specs, self.device, coverage, routers)
+
+    @property
+    def _rounds_routers(self) -> bool:
+        return isinstance(self.method, RouterMethod) and self.method.router_bits > 0
+
+    def _round_routers(
+        self, layers: tuple[LayerPlan, ...], capture: Capture | None, solved: Solved
+    ) -> dict[str, Tensor]:
+        """Let the method round the block's routers; returns the rewritten tensors by name."""
+        rewrites: dict[str, Tensor] = {}
+        if not self._rounds_routers or capture is None:
+            return rewrites
+        assert isinstance(self.method, RouterMethod)
+        for stack, ref in routers_of([layer.ref for layer in layers], self.skeleton).items():
+            if stack not in capture.coverage.top_k:
+                continue  # none of its experts is compressed
+            values = self.skeleton.part(ref.param, ref.where)
+            router = Layer(ref, values.detach().clone(), stats=capture.sums[ref.fed_by])
+            outcome = self.method.solve_router(router, capture.coverage.top_k[stack], DTYPES[ref.dtype])
+            solved.events += outcome.events
+            solved.metrics.update(outcome.metrics)
+            for name, value in outcome.rewrites.items():
+                self.skeleton.part(self._refs[name].param, self._refs[name].where).copy_(value)
+                solved.packed[name] = value.to(solved.packed[name].device)
+            rewrites |= outcome.rewrites
+        return rewrites
 
     def _block_of(self, index: int, entering: Mapping[str, Boundary], leaving: Mapping[str, Boundary]) -> BlockOf:
         """Return a function that shows a method its layers as one block, with what enters and what should leave it."""
@@ -335,6 +443,7 @@ class Engine:
                 forward=forward,
                 device=self.device,
                 progress=self.progress.stage,
+                pieces=self.pieces,
             )
 
         return build

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,11 +12,13 @@ from torch import Tensor, nn
 
 from compressor.calibration.capture import Capture
 from compressor.calibration.channels import MaxAbs
-from compressor.checkpoint.skeleton import Skeleton
+from compressor.calibration.coverage import Coverage
+from compressor.checkpoint.skeleton import Skeleton, Target
+from compressor.engine.experts import Stack, Treat, find_routers, run_experts
 from compressor.errors import NumericalError
 from compressor.formats.activations import INPUT_FORMATS
 from compressor.inputs import InputOp, Quantize, apply_ops, calibrated, carried
-from compressor.plan import LayerPlan
+from compressor.plan import Kind, LayerPlan
 from compressor.report import Row
 
 WORTH_SAYING = 1e-3
@@ -48,17 +51,34 @@ class InputRounding:
     _handles: list[Any] = field(default_factory=list)
     _costs: dict[str, _Cost] = field(default_factory=dict)
 
+    _stacks: dict[str, Stack] = field(default_factory=dict)
+    """Module of experts that round inputs -> its parts."""
+    _planned: Sequence[LayerPlan] = ()
+
     def __post_init__(self) -> None:
+        self._planned = self.layers
+        rounded = {layer.ref.owner for layer in self.layers if layer.steps}
+        for ref in (layer.ref for layer in self.layers if layer.ref.role is not None):
+            if ref.owner in rounded:
+                assert ref.where.expert is not None
+                assert ref.role is not None
+                stack = self._stacks.setdefault(ref.owner, {})
+                stack.setdefault(ref.where.expert, {})[ref.role] = Target(ref.param, ref.where)
         self.layers = [layer for layer in self.layers if layer.steps]
 
-    def ranges(self) -> Capture | None:
-        """Return accumulators for the largest magnitudes that static scales must cover, or None if there are none."""
+    def ranges(self, min_expert_tokens: int = 0) -> Capture | None:
+        """Return accumulators for the largest magnitudes that static scales must cover, or None if there are none.
+
+        Args:
+            min_expert_tokens: Tokens that the range of every expert is to rest on.
+        """
         static = [layer for layer in self.layers if layer.ranges]
         if not static:
             return None
         widths = {layer.ref.fed_by: layer.ref.matrix[1] for layer in static if layer.ref.matrix}
         modules = {layer.ref.fed_by: self._module(layer) for layer in static}
-        return Capture(widths, modules, (MaxAbs(),), self.skeleton.device)
+        coverage, routers = Coverage(min_expert_tokens), find_routers(self._planned, self.skeleton)
+        return Capture(widths, modules, (MaxAbs(),), self.skeleton.device, coverage, routers)
 
     def attach(self, decided: Mapping[str, tuple[InputOp, ...]], ranges: Capture | None) -> dict[str, Tensor]:
         """Round from now on, and return the tensors to store, by name on disk.
@@ -71,17 +91,28 @@ class InputRounding:
             NumericalError: Inputs are not finite.
         """
         out: dict[str, Tensor] = {}
+        treat: dict[str, dict[tuple[int, str], Treat]] = {name: {} for name in self._stacks}
         for layer in self.layers:
             ops = decided.get(layer.ref.name) or self._default(layer, ranges)
             found = tuple(op.describe() for op in ops)
             assert found == layer.steps, f"{layer.ref.name}: {found} was not planned, {layer.steps} was"
+            for op in ops:
+                # Own storage: layers that read one tensor share its scale, and files hold no shared memory.
+                out |= {f"{layer.ref.module}.{key}": value.cpu().clone() for key, value in op.tensors().items()}
+            if layer.ref.kind is Kind.EXPERT:
+                assert carried(ops) is None, f"{layer.ref.name}: experts give nothing back"
+                assert layer.ref.where.expert is not None
+                assert layer.ref.role is not None
+                own = treat[layer.ref.owner]
+                own[layer.ref.where.expert, layer.ref.role] = self._rounding(layer.ref.name, ops)
+                continue
             module = self._module(layer)
             self._handles.append(module.register_forward_pre_hook(self._hook(layer.ref.name, ops)))
             if (carry := carried(ops)) is not None:
                 self._handles.append(module.register_forward_hook(_adding(carry)))
-            for op in ops:
-                # Own storage: layers that read one tensor share its scale, and files hold no shared memory.
-                out |= {f"{layer.ref.module}.{key}": value.cpu().clone() for key, value in op.tensors().items()}
+        for name, stack in self._stacks.items():
+            module = self.skeleton.model.get_submodule(name)
+            module.forward = partial(run_experts, module, stack, treat[name])
         return out
 
     def detach(self) -> None:
@@ -89,6 +120,8 @@ class InputRounding:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for stack in self._stacks:
+            self.skeleton.model.get_submodule(stack).__dict__.pop("forward", None)
 
     def report(self, rows: list[Row]) -> tuple[list[Row], list[str]]:
         """Return rows with what rounding did to the calibration inputs that passed, and a sentence where they saturate.
@@ -124,18 +157,28 @@ class InputRounding:
         return (calibrated(fmt, loudest, self.dtype),)
 
     def _hook(self, name: str, ops: tuple[InputOp, ...]) -> Any:
+        treat = self._rounding(name, ops)
+
         def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            x = args[0]
-            rounded = apply_ops(ops, x)
-            cost = self._costs.setdefault(name, _Cost())
-            before = apply_ops(ops[:-1], x).float()  # what is rounded: rounding comes last
-            cost.error += float((rounded.float() - before).square().sum(dtype=torch.float64))
-            cost.size += float(before.square().sum(dtype=torch.float64))
-            cost.saturated += ops[-1].saturated(before) if isinstance(ops[-1], Quantize) else 0
-            cost.values += x.numel()
-            return (rounded, *args[1:])
+            return (treat(args[0]), *args[1:])
 
         return hook
+
+    def _rounding(self, name: str, ops: tuple[InputOp, ...]) -> Treat:
+        """Return what rounds one layer's input and keeps the books."""
+
+        def treat(x: Tensor) -> Tensor:
+            before = apply_ops(ops[:-1], x)  # what is rounded: rounding comes last
+            rounded = apply_ops(ops[-1:], before)
+            cost = self._costs.setdefault(name, _Cost())
+            wide = before.float()
+            cost.error += float((rounded.float() - wide).square().sum(dtype=torch.float64))
+            cost.size += float(wide.square().sum(dtype=torch.float64))
+            cost.saturated += ops[-1].saturated(wide) if isinstance(ops[-1], Quantize) else 0
+            cost.values += x.numel()
+            return rounded
+
+        return treat
 
 
 def _adding(carry: Tensor) -> Any:

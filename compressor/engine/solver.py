@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,11 +13,14 @@ from torch import Tensor
 from compressor.calibration.capture import Capture
 from compressor.calibration.stats import SecondMoment
 from compressor.checkpoint.skeleton import Skeleton
-from compressor.decision import Decision, Kept, Outcome, Quantized
+from compressor.checkpoint.source import DTYPES
+from compressor.decision import Decision, Kept, Masked, Outcome, Quantized
 from compressor.errors import NumericalError, UnsupportedError
 from compressor.formats.base import QuantFormat
-from compressor.inputs import InputOp
-from compressor.methods.base import Block, Layer, Method, Scope, relative_error
+from compressor.formats.pruned import PRUNED
+from compressor.inputs import InputOp, Permute, Rotate
+from compressor.methods.base import Block, Layer, Method, Scope, is_pruned, relative_error
+from compressor.methods.eaquant_rotation import turned_weight
 from compressor.plan import LayerPlan
 from compressor.report import Row
 
@@ -89,10 +92,12 @@ class Solver:
             solved.events += outcome.events
             solved.metrics.update(outcome.metrics)
             for plan, task in zip(members, tasks, strict=True):
-                row, written = self._apply(plan, task, outcome.decisions[plan.ref.name])
+                decision, moved = self._keep_zeros(task, outcome.decisions[plan.ref.name], self.format_of(plan))
+                if moved:
+                    solved.events.append(f"{plan.ref.name}: {moved} pruned weights had moved and are zero again")
+                row, written = self._apply(plan, task, decision)
                 solved.rows.append(row)
                 solved.packed.update(written)
-                decision = outcome.decisions[plan.ref.name]
                 if isinstance(decision, Quantized) and decision.inputs:
                     solved.inputs[plan.ref.name] = decision.inputs
         return solved
@@ -126,7 +131,8 @@ class Solver:
     def _tasks(self, members: Sequence[LayerPlan], capture: Capture | None) -> list[Layer]:
         """Return the layers of a fused set as the method sees them."""
         fmt = self.format_of(members[0])
-        weights = [self.skeleton.part(m.ref.param, m.ref.where).detach().clone() for m in members]
+        parts = [self.skeleton.part(m.ref.param, m.ref.where).detach().clone() for m in members]
+        weights = [part.reshape(m.ref.matrix or part.shape) for m, part in zip(members, parts, strict=True)]
         shared = fmt.fit_global(weights) if fmt.has_global_scale else None
         return [
             Layer(m.ref, weight, shared, capture.sums[m.ref.fed_by] if capture else {}, m.steps)
@@ -143,12 +149,23 @@ class Solver:
         ref = plan.ref
         if isinstance(decision, Kept):
             raise UnsupportedError(f"{ref.name}: method {self.method.name} kept it ({decision.reason}) after planning")
-        assert isinstance(decision, Quantized)
         fmt = self.format_of(plan)
-        decoded = fmt.decode(decision.codes, decision.qparams)
+        if isinstance(decision, Masked):
+            assert plan.format == PRUNED, f"{ref.name}: dense values for format {plan.format}"
+            stored = decision.values.to(DTYPES[ref.dtype])
+            decoded, written = stored.float(), {ref.name: stored.reshape(ref.shape)}
+        else:
+            decoded = fmt.decode(decision.codes, decision.qparams)
+            packed = fmt.pack(decision.codes, decision.qparams)
+            written = {f"{ref.module}.{suffix}": tensor for suffix, tensor in packed.tensors.items()}
         if not torch.isfinite(decoded).all():
             raise NumericalError(f"{ref.name}: its compressed values are not finite", "try another format")
+        if isinstance(decision, Quantized) and task.weight.any() and not decoded.any():
+            raise NumericalError(f"{ref.name}: all of its compressed values are zero", "give it more bits with --set")
+        if decision.keep is not None:
+            assert not (decoded != 0)[~decision.keep].any(), f"{ref.name}: pruned weights are not zero"
         full = SecondMoment()
+        reference = _as_stored(task.weight, decision)
         has_data = full in task.stats and task.n_tokens > 0
         row = Row(
             name=ref.name,
@@ -156,11 +173,43 @@ class Solver:
             reason=None,
             bytes_before=plan.bytes_before,
             bytes_after=plan.bytes_after,
-            weight_error=relative_error(task.weight, decoded),
+            weight_error=relative_error(reference, decoded),
             output_error=relative_error(task.weight, decoded, task.second_moment(full)) if has_data else None,
             tokens=task.n_tokens,
             inputs=plan.inputs,
+            sparsity=_share(decoded == 0),
+            pruned=None if decision.keep is None else _share(~decision.keep),
         )
-        self.skeleton.part(ref.param, ref.where).copy_(decoded)
-        packed = fmt.pack(decision.codes, decision.qparams)
-        return row, {f"{ref.module}.{suffix}": tensor for suffix, tensor in packed.tensors.items()}
+        part = self.skeleton.part(ref.param, ref.where)
+        part.copy_(decoded.view_as(part))
+        return row, written
+
+    def _keep_zeros(self, task: Layer, decision: Decision, fmt: QuantFormat) -> tuple[Decision, int]:
+        """Return the decision with the zeros of a pruned matrix back in place, and how many had moved."""
+        if not isinstance(decision, Quantized) or not is_pruned(task.weight) or _turns(decision):
+            return decision, 0
+        zeros = task.weight == 0
+        decoded = fmt.decode(decision.codes, decision.qparams)
+        moved = int((zeros & (decoded != 0)).sum())
+        if moved:
+            nothing = fmt.encode(torch.zeros_like(task.weight), decision.qparams)
+            codes = torch.where(zeros, nothing, decision.codes)
+            decision = replace(decision, codes=codes)
+        return decision, moved
+
+
+def _turns(decision: Decision) -> list[InputOp]:
+    """Return the operations on a layer's input that its weight had to follow."""
+    ops = decision.inputs if isinstance(decision, Quantized) else ()
+    return [op for op in ops if isinstance(op, Permute | Rotate)]
+
+
+def _as_stored(weight: Tensor, decision: Decision) -> Tensor:
+    """Return the weight as it would be stored unrounded, `[out, in]`: for inputs that are rotated and reordered."""
+    turns = _turns(decision)
+    return turned_weight(weight, turns) if turns else weight
+
+
+def _share(mask: Tensor) -> float:
+    """Return the share of True; 0 of nothing."""
+    return int(mask.sum()) / max(mask.numel(), 1)

@@ -36,6 +36,7 @@ class Streams:
         tokens: Calibration tokens `[n_samples, seq_len]`; None if no stream is carried.
         device: Where samples are run.
         products: The context they are run in.
+        reserve: Tokens `[n, seq_len]` of further samples, from which experts that few tokens reach are topped up.
     """
 
     def __init__(
@@ -46,16 +47,14 @@ class Streams:
         tokens: Tensor | None,
         device: torch.device,
         products: AbstractContextManager[None],
+        reserve: Tensor | None = None,
     ) -> None:
         assert tokens is not None or not names, "streams carry calibration tokens"
-        self.blocks, self.tokens, self.device, self.products = blocks, tokens, device, products
+        self.blocks, self.device, self.products = blocks, device, products
+        self.n_samples = 0 if tokens is None else tokens.shape[0]
+        self.tokens = tokens if tokens is None or reserve is None else torch.cat([tokens, reserve])
         self.stores = {name: HiddenStore(folder, name, device) for name in names}
         self.recording: Recording | None = None
-
-    @property
-    def n_samples(self) -> int:
-        """Calibration samples."""
-        return 0 if self.tokens is None else self.tokens.shape[0]
 
     def enter(self, first: bool) -> dict[str, Boundary]:
         """Record what blocks get beside hidden states, and if `first` write the states that enter block 0.
@@ -71,7 +70,7 @@ class Streams:
         entering: dict[str, Boundary] = {}
         for name, store in self.stores.items() if first else ():
             with store.writer(0) as writer:
-                for sample in range(self.n_samples):
+                for sample in range(self._in_all):
                     writer.append(self.blocks.prologue(self._inputs(sample))[0])
                 entering[name] = writer.close()
         return entering
@@ -79,14 +78,24 @@ class Streams:
     def advance(self, index: int, name: str, before: Mapping[str, Boundary], capture: Capture | None) -> Boundary:
         """Run every sample of a stream through block `index` as it now is, and write what leaves it."""
         with self.stores[name].writer(index + 1) as writer:
-            for leaving in self._leaving(index, name, before, capture):
+            for leaving in self._leaving(index, name, before, capture, self._in_all):
                 writer.append(leaving)
-            return writer.close()
+            boundary = writer.close()
+        if capture:
+            self._top_up(index, name, before, capture)
+        return boundary
 
     def observe(self, index: int, before: Mapping[str, Boundary], capture: Capture) -> None:
         """Collect statistics of what the original block makes of the compressed prefix."""
-        for _ in self._leaving(index, COMPRESSED, before, capture):
+        for _ in self._leaving(index, COMPRESSED, before, capture, self.n_samples):
             pass
+        capture.coverage.from_reserve = True
+        for sample in range(self.n_samples, self._in_all):
+            if not capture.coverage.lacking():
+                break
+            with capture.attached(), torch.no_grad(), self.products:
+                self.run(index, self.stores[COMPRESSED].read(before[COMPRESSED], sample))
+        self._top_up(index, COMPRESSED, before, capture)
 
     def run(self, index: int, hidden: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """Run block `index` on one sample; see `BlockSequence.run`."""
@@ -106,16 +115,41 @@ class Streams:
         assert self.tokens is not None
         return {self.blocks.model.main_input_name: self.tokens[sample : sample + 1].to(self.device)}
 
+    @property
+    def _in_all(self) -> int:
+        """Samples, those of the reserve included."""
+        return 0 if self.tokens is None else self.tokens.shape[0]
+
     def _leaving(
-        self, index: int, name: str, before: Mapping[str, Boundary], capture: Capture | None
+        self, index: int, name: str, before: Mapping[str, Boundary], capture: Capture | None, until: int
     ) -> Iterator[Tensor]:
         """Yield what leaves the block as it now is, sample by sample, while statistics are collected."""
         store, boundary, count = self.stores[name], before[name], self.n_samples
         with capture.attached() if capture else nullcontext(), torch.no_grad():
-            for sample in range(count):
+            for sample in range(until):
+                if capture:
+                    capture.coverage.from_reserve = sample >= count
                 with self.products:
                     leaving = self.run(index, store.read(boundary, sample))
                 yield leaving
+                if sample >= count:
+                    continue
                 lane_ends = sample + 1 == count or lane_of(sample, count) != lane_of(sample + 1, count)
                 if capture and lane_ends:
                     capture.close_lane()
+
+    def _top_up(self, index: int, name: str, before: Mapping[str, Boundary], capture: Capture) -> None:
+        """Close the lane of the reserve, and send calibration tokens to experts that lack some still.
+
+        Raises:
+            CoverageError: There are too few tokens for that.
+        """
+        capture.close_lane()
+        capture.coverage.from_reserve = False
+        if forced := capture.forced():
+            with forced.attached(), torch.no_grad():
+                for sample in range(self.n_samples):
+                    with self.products:
+                        self.run(index, self.stores[name].read(before[name], sample))
+            capture.add_forced(forced)
+        capture.coverage.check()

@@ -144,6 +144,12 @@ def parse_group_size(name: str, text: str | None) -> GroupSize:
     Raises:
         RecipeError: Not a positive number, `channel` or `tensor`, or the format has only one group size, another one.
     """
+    if name == "pruned":
+        if text is not None:
+            raise RecipeError(
+                f"pruned weights have no scales, but got --group-size {text}", "leave it out, or --format"
+            )
+        return None
     if text is None:
         return None if name in CHANNEL_FIRST else FIXED_GROUP.get(name, DEFAULT_GROUP_SIZE)
     value: GroupSize
@@ -177,13 +183,17 @@ def get_format(name: str, group_size: GroupSize, dtype: torch.dtype) -> QuantFor
     """Build a format.
 
     Args:
-        name: A key of `BUILDERS`.
+        name: A key of `BUILDERS`, or `pruned`.
         group_size: Inputs per scale, None for one scale per row (as `parse_group_size` returns it).
         dtype: The checkpoint's dtype: formats with floating scales store them in it, as readers cast them to it.
 
     Raises:
         RecipeError: Unknown name.
     """
+    if name == "pruned":  # not in the list: users ask for it with another verb
+        from compressor.formats.pruned import Pruned
+
+        return Pruned(dtype)
     if name not in BUILDERS:
         raise did_you_mean("format", name, BUILDERS)
     return BUILDERS[name](group_size, dtype)

@@ -25,7 +25,7 @@ SCALE, GLOBAL_SCALE = "input_scale", "input_global_scale"
 
 @dataclass(frozen=True)
 class InputFormat:
-    """How inputs are rounded; symmetric, so that zero stays zero.
+    """How inputs are rounded; zero stays zero.
 
     Attributes:
         name: What users type.
@@ -37,6 +37,7 @@ class InputFormat:
             made from the data.
         group_size: Inputs of a group, else None.
         scales: What scales of groups are rounded to: nothing, FP8, or powers of two (`e8m0`).
+        symmetric: Whether the grid reaches as far below zero as above; else every row has a zero point of its own.
         searched: LLM-FP4's own floats: any split of the bits, a real bias, powers of two per channel; native only.
     """
 
@@ -48,6 +49,7 @@ class InputFormat:
     group_size: int | None = None
     scales: Literal["float", "fp8", "e8m0"] = "float"
     searched: bool = False
+    symmetric: bool = True
 
     @property
     def suffix(self) -> str | None:
@@ -81,7 +83,7 @@ class InputFormat:
     def arguments(self) -> dict[str, object]:
         """Return the compressed-tensors `input_activations`; searched formats have none."""
         assert not self.searched, self.name
-        out: dict[str, object] = {"num_bits": self.bits, "type": self.kind, "symmetric": True}
+        out: dict[str, object] = {"num_bits": self.bits, "type": self.kind, "symmetric": self.symmetric}
         out["strategy"] = "tensor_group" if self.scales == "fp8" else str(self.granularity)
         out["dynamic"] = "local" if self.scales == "fp8" else not self.static
         if self.group_size is not None:
@@ -93,6 +95,7 @@ class InputFormat:
 
 _ALL = (
     *(InputFormat(f"int{bits}-token", bits, "int", "token") for bits in range(4, 9)),
+    *(InputFormat(f"int{bits}-token-asym", bits, "int", "token", symmetric=False) for bits in range(4, 9)),
     *(InputFormat(f"int{bits}-tensor", bits, "int", "tensor", static=True) for bits in range(4, 9)),
     InputFormat("fp8-token", 8, "float", "token"),
     InputFormat("fp8-tensor", 8, "float", "tensor", static=True),
@@ -108,6 +111,7 @@ _STATIC = "one scale per layer, from calibration"
 _DYNAMIC = "one scale per token, made at run time"
 INPUT_SUMMARIES: dict[str, str] = {
     **{f"int{bits}-token": f"symmetric integers, {_DYNAMIC}" for bits in range(4, 9)},
+    **{f"int{bits}-token-asym": f"integers with a zero point per token, {_DYNAMIC}" for bits in range(4, 9)},
     **{f"int{bits}-tensor": f"symmetric integers, {_STATIC}" for bits in range(4, 9)},
     "fp8-token": f"8-bit floats (E4M3), {_DYNAMIC}",
     "fp8-tensor": f"8-bit floats (E4M3), {_STATIC}",

@@ -67,8 +67,8 @@ def evaluate(
     Args:
         model: A checkpoint folder, or anything else `compress quantize` takes.
         baseline: The original; None takes it from the recipe saved in `model`, and without one measures `model` alone.
-        tasks: `perplexity`, `kl`, `minimal-pairs`, names of lm-eval tasks, or paths of task YAML; None is perplexity
-            and, with a baseline, KL.
+        tasks: `perplexity`, `kl`, `routers`, `minimal-pairs`, names of lm-eval tasks, or paths of task YAML; None is
+            perplexity, with a baseline KL, and for mixtures of experts routers.
         suite: Name or path of a suite of tasks, in addition to `tasks`.
         text: For perplexity and KL: a preset (its held-out part), .txt or .jsonl file.
         max_tokens: Tokens of the text to score, from its start.
@@ -93,7 +93,13 @@ def evaluate(
     candidate = Subject(str(model), where, context, trust_remote_code)
     baseline = baseline or original_of(candidate.folder)
     original = Subject(baseline, where, context, trust_remote_code) if baseline else None
-    specs = choose(tasks, suite, has_baseline=original is not None, num_fewshot=num_fewshot, limit=limit)
+    specs = choose(
+        *(tasks, suite),
+        has_baseline=original is not None,
+        has_experts=candidate.has_experts,
+        num_fewshot=num_fewshot,
+        limit=limit,
+    )
     # A model known by name lies in a cache, which is no place for results.
     target = Path(output) if output is not None else candidate.folder if candidate.folder == Path(model) else None
     with ExitStack() as stack:

@@ -16,6 +16,7 @@ from compressor.evals.compare import compare
 from compressor.evals.perplexity import VERSION as TEXT_VERSION
 from compressor.evals.perplexity import Text, perplexity
 from compressor.evals.results import Evaluation, TaskResult
+from compressor.evals.tasks import AGAINST_BASELINE
 from compressor.measure.subject import DTYPE, Subject
 from compressor.report import Progress
 
@@ -60,17 +61,17 @@ class Job:
         theirs: dict[str, TaskResult] = {}
         cached: list[str] = []
         if self.original:
-            if "kl" in self.names:
+            if set(self.names) & set(AGAINST_BASELINE):
                 self._run_both(self.original, ours, theirs)
             for name in self.names:
-                if name != "kl" and name not in theirs:
+                if name not in AGAINST_BASELINE and name not in theirs:
                     theirs[name], known = self._of_original(self.original, name)
                     cached += [name] if known else []
             self.original.release()
         for name in self.names:
             if name not in ours:
                 ours[name] = self._compute(self.candidate, name)
-        versions = self._versions(any(name != "perplexity" and name != "kl" for name in self.names))
+        versions = self._versions(any(name not in ("perplexity", *AGAINST_BASELINE) for name in self.names))
         seconds = time.perf_counter() - started
         header = self.original.header() if self.original else None
         chosen = {name: ours[name] for name in self.names}
@@ -78,18 +79,20 @@ class Job:
         if header is None:
             return model, None
         # Perplexity that only came along with KL was not asked for; the cache has it.
-        chosen = {name: theirs[name] for name in self.names if name != "kl"}
+        chosen = {name: theirs[name] for name in self.names if name not in AGAINST_BASELINE}
         timing = {"seconds": seconds, "cached": cached}
         return model, Evaluation(header, None, versions, self.seed, chosen, timing)
 
     def _run_both(self, original: Subject, ours: dict[str, TaskResult], theirs: dict[str, TaskResult]) -> None:
-        """Run perplexity and KL in one pass of both models over the text."""
+        """Run perplexity, KL and what routers do in one pass of both models over the text."""
         assert self.text is not None
         self.progress.stage("loading both models")
         models = self.candidate.model, original.model
         names = self.candidate.name, original.name
         result = compare(*models, self.text, names=names, progress=_windows(self.progress, "both models"))
         ours |= {"perplexity": result.candidate, "kl": result.kl}
+        if result.routers:
+            ours["routers"] = result.routers
         theirs["perplexity"] = result.baseline
         self._remember(original, "perplexity", result.baseline)
 

@@ -25,6 +25,9 @@ DTYPE = torch.float32
 
 _TOKENIZER_FILES = ("added_tokens.json", "merges.txt", "special_tokens_map.json", "token*", "vocab*")
 
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+"""Names under which configs say how many experts a layer has."""
+
 
 class Subject:
     """A model to be evaluated.
@@ -83,6 +86,12 @@ class Subject:
         """Rows of the embedding, as the config says."""
         size: int = read_config(self.folder, self.trust_remote_code).get_text_config().vocab_size
         return size
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether it is a mixture of experts, as the config says."""
+        config = read_config(self.folder, self.trust_remote_code).get_text_config()
+        return any((getattr(config, name, None) or 0) > 1 for name in _EXPERTS)
 
     def release(self) -> None:
         """Free the model's memory; it is loaded again if it is needed again."""

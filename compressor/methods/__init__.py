@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 METHODS: dict[str, str] = {
     "adaround": "compressor.methods.adaround:AdaRound",
     "awq": "compressor.methods.awq:AWQ",
+    "eaquant": "compressor.methods.eaquant:EAQuant",
     "flexround": "compressor.methods.flexround:FlexRound",
     "fp4": "compressor.methods.fp4:FP4",
     "gptq": "compressor.methods.gptq:GPTQ",
@@ -30,6 +31,7 @@ METHODS: dict[str, str] = {
 SUMMARIES: dict[str, str] = {
     "adaround": "AdaRound: learn for each weight whether it rounds up or down, block by block; integers",
     "awq": "AWQ: scale loud input channels up before rounding, inverse folded into the operation before",
+    "eaquant": "EAQuant: rotate inputs, smooth over experts, keep the router's choices; experts in 4 bits and below",
     "flexround": "FlexRound: learn each weight's rounding and the grid, block by block",
     "fp4": "LLM-FP4: search the scales that minimise each layer's output error; 4-bit floats",
     "gptq": "GPTQ: round input by input, moving each error onto the weights still to come",
@@ -58,9 +60,17 @@ def get_method(name: str, options: Mapping[str, Any]) -> Method:
     Raises:
         RecipeError: Unknown name, unknown option, or a value out of range.
     """
+    return build(name, method_class(name), options)
+
+
+def build(name: str, cls: Any, options: Mapping[str, Any]) -> Method:
+    """Build a method from its class and options that are still to be validated.
+
+    Raises:
+        RecipeError: Unknown option, or a value out of range.
+    """
     from pydantic import ValidationError
 
-    cls = method_class(name)
     known = sorted(cls.Options.model_fields)
     for option in options:
         if option not in known:
@@ -72,5 +82,8 @@ def get_method(name: str, options: Mapping[str, Any]) -> Method:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise RecipeError(f"option {where} of {name}: {first['msg']}", f"see: compress list methods {name}") from error
+        what = f"option {where} of {name}" if where else f"options of {name}"
+        listing = "methods" if name in METHODS else "pruners"
+        problem = first["msg"].removeprefix("Value error, ")
+        raise RecipeError(f"{what}: {problem}", f"see: compress list {listing} {name}") from error
     return method

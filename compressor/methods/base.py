@@ -16,13 +16,14 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from compressor.calibration.channels import ChannelRange, MaxAbs, MeanAbs
-from compressor.calibration.samples import InputSample
 from compressor.calibration.stats import Accumulator, SecondMoment, Statistic
 from compressor.decision import Outcome
 from compressor.errors import NumericalError
 from compressor.formats.base import QParams, QuantFormat
 from compressor.plan import WeightRef
+
+PRUNED_SHARE = 0.05
+"""Share of exact zeros from which on a matrix counts as pruned."""
 
 _LARGEST_SQUARED = torch.finfo(torch.float32).max ** 0.5
 
@@ -95,8 +96,8 @@ class Layer:
             raise self._not_finite(total)
         return value
 
-    def magnitude(self, spec: MeanAbs | MaxAbs | ChannelRange | InputSample) -> Tensor:
-        """Return the mean or the largest `|x|` of every input channel, float32 `[in]`, its range `[3, in]`, or rows.
+    def magnitude(self, spec: Statistic) -> Tensor:
+        """Return a statistic of the inputs' size, float32: the mean or largest `|x|` `[in]`, ranges, or rows.
 
         Raises:
             NumericalError: It holds NaN or Inf, or squares of inputs overflow float32.
@@ -121,7 +122,7 @@ class Block:
     Attributes:
         name: Its module name.
         layers: The layers to decide, statistics included, with the format of each.
-        n_samples: Calibration samples.
+        n_samples: Samples.
         inputs: Sample -> hidden states `[1, tokens, hidden]` that enter the block behind the compressed prefix.
         fp_inputs: Sample -> the same behind the original prefix.
         targets: Sample -> what leaves the original block on `fp_inputs`, float32.
@@ -129,6 +130,7 @@ class Block:
             Gradients flow into the weights.
         device: Where all of this lives.
         progress: Told, in words, how far the method is.
+        pieces: Samples that were cut from each calibration sample.
     """
 
     name: str
@@ -140,6 +142,7 @@ class Block:
     forward: Callable[[Tensor, Mapping[str, Tensor]], Tensor]
     device: torch.device
     progress: Callable[[str], None]
+    pieces: int = 1
 
 
 @runtime_checkable
@@ -181,6 +184,25 @@ class SurveyMethod(Method, Protocol):
         ...
 
 
+@runtime_checkable
+class RouterMethod(Method, Protocol):
+    """Rounds routers too; they stay dense, on a grid of few bits."""
+
+    @property
+    def router_bits(self) -> int:
+        """Bits of their weights; 0 leaves them alone."""
+        ...
+
+    @property
+    def balance(self) -> float:
+        """Tokens every expert is to be calibrated on, in fair shares of one window; 0 for no such wish."""
+        ...
+
+    def solve_router(self, router: Layer, top_k: int, dtype: torch.dtype) -> Outcome:
+        """Return the rewritten router, with statistics of its input; `top_k` experts are chosen per token."""
+        ...
+
+
 class LayerMethod(Method, Protocol):
     """Decides one layer at a time."""
 
@@ -203,6 +225,11 @@ class BlockMethod(Method, Protocol):
     def solve_block(self, block: Block, generator: torch.Generator) -> Outcome:
         """Return a decision for every layer."""
         ...
+
+
+def is_pruned(weight: Tensor) -> bool:
+    """Return whether so many weights are exactly zero that they were pruned: they must stay zero."""
+    return int((weight == 0).sum()) >= PRUNED_SHARE * weight.numel()
 
 
 def describe_options(options: type[MethodOptions]) -> list[dict[str, Any]]:

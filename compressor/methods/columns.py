@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +18,42 @@ from compressor.formats.base import QParams, ScaledFormat, SearchableFormat
 Choose = Callable[[Tensor, Tensor], QParams]
 """Weights `[out, group]` of one group, as they are when it is about to be rounded and in the order of rounding, and its
 diagonal block of `U` -> their parameters, scales `[out, 1]`."""
+
+
+class Pruning(Protocol):
+    """Says in the middle of the loop which weights become zero."""
+
+    @property
+    def width(self) -> int | None:
+        """Inputs it is asked about at a time, a divisor of 32; None for the whole block that is rounded next."""
+        ...
+
+    def choose(self, first: int, rest: Tensor, diagonal: Tensor) -> Tensor:
+        """Return what stays, bool `[inputs, out]`.
+
+        Args:
+            first: Place of the first of these inputs in the order of rounding.
+            rest: `[inputs, out]` float32, the weights as they are now.
+            diagonal: `[inputs]`, their `U_jj`.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Zeros:
+    """Weights that are zero already stay so.
+
+    Attributes:
+        keep: bool `[in, out]` in the order of rounding.
+    """
+
+    keep: Tensor
+    width: int | None = None
+
+    def choose(self, first: int, rest: Tensor, diagonal: Tensor) -> Tensor:
+        """Return the mask of these inputs."""
+        return self.keep[first : first + len(rest)]
+
 
 _PIECE = 32
 """Columns that update each other one by one; further ones are updated by products of matrices."""
@@ -66,7 +103,12 @@ class Curvature:
 
 
 def compensate(
-    w: Tensor, fmt: ScaledFormat, curvature: Curvature, scales: QParams | Choose, block: int
+    w: Tensor,
+    fmt: ScaledFormat,
+    curvature: Curvature,
+    scales: QParams | Choose,
+    block: int,
+    pruning: Pruning | None = None,
 ) -> tuple[Tensor, QParams]:
     """Round `w` column by column, in the order of `curvature`.
 
@@ -77,6 +119,7 @@ def compensate(
         scales: Parameters of `w`; or a function that gives those of each group when its turn comes, for which the
             order must keep groups together.
         block: Columns rounded before those behind them are updated.
+        pruning: Which weights become zero instead of being rounded, if any.
 
     Returns:
         What the codes must decode to, float32 `[out, in]`, and the parameters.
@@ -87,6 +130,7 @@ def compensate(
     group_of = (order // size).tolist()  # position -> group
     rest = w.T[order].contiguous()  # [in, out]; columns already done keep the value they had in their turn
     values = torch.empty_like(rest)
+    keep = torch.ones_like(rest, dtype=torch.bool) if pruning else torch.empty(0, dtype=torch.bool)
     grids = {} if callable(scales) else {g: group_params(scales, g) for g in range(n_columns // size)}
     steps = {g: _row_steps(fmt, q, n_rows) for g, q in grids.items()}
     # Blocks end where groups end: a group that chooses its scale needs all of its columns up to date.
@@ -94,16 +138,23 @@ def compensate(
     for low in range(0, n_columns, block):
         high = min(low + block, n_columns)
         errors = rest.new_empty(high - low, n_rows)
+        if pruning and pruning.width is None:
+            keep[low:high] = pruning.choose(low, rest[low:high], upper.diagonal()[low:high])
         for first, last in _pieces(low, high, size):
             if callable(scales) and first % size == 0:
                 own = slice(first, first + size)
                 group = group_of[first]
-                grids[group] = scales(rest[own].T.contiguous(), upper[own, own])
+                grids[group] = scales((rest[own] * keep[own] if pruning else rest[own]).T.contiguous(), upper[own, own])
                 steps[group] = _row_steps(fmt, grids[group], n_rows)
             for j in range(first, last):
                 step = steps[group_of[j]]
+                if pruning and pruning.width and j % pruning.width == 0:
+                    few = slice(j, j + pruning.width)
+                    keep[few] = pruning.choose(j, rest[few], upper.diagonal()[few])
                 z = (rest[j] / step).view(-1, 1, 1)
                 values[j] = fmt.snap(z, grids[group_of[j]]).view(-1) * step
+                if pruning:
+                    values[j].masked_fill_(~keep[j], 0.0)
                 error = torch.sub(rest[j], values[j], out=errors[j - low]).div_(upper[j, j])
                 rest[j + 1 : last].addr_(upper[j, j + 1 : last], error, alpha=-1)
             rest[last:high].addmm_(upper[first:last, last:high].T, errors[first - low : last - low], alpha=-1)

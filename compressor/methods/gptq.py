@@ -30,8 +30,8 @@ from compressor.calibration.stats import SecondMoment
 from compressor.decision import Decision, Outcome, Quantized
 from compressor.errors import NumericalError
 from compressor.formats.base import QParams, QuantFormat, ScaledFormat, SearchableFormat
-from compressor.methods.base import Layer, MethodOptions, Scope, Stream
-from compressor.methods.columns import Choose, Curvature, compensate, try_scales
+from compressor.methods.base import Layer, MethodOptions, Scope, Stream, is_pruned
+from compressor.methods.columns import Choose, Curvature, Zeros, compensate, try_scales
 from compressor.methods.exponent import searched
 from compressor.methods.grids import best_start, mse_clip, rows_of
 from compressor.plan import WeightRef
@@ -146,13 +146,15 @@ class GPTQ:
         on_arrival = self.options.order == "group" and fmt.group_size is not None
         fixed = None if on_arrival else self._scales(layer.weight, fmt, layer.fit(fmt), curvature.variance)
         whole = fixed is not None and fmt.steps(fixed).shape[0] == 1  # one scale for all rows
+        keep = layer.weight != 0 if is_pruned(layer.weight) else None
         values, parts = [], []
         for first in range(0, layer.weight.shape[0], _ROWS):
             rows = slice(first, first + _ROWS)
             scales = (
                 self._choice(fmt, layer.global_scale) if fixed is None else fixed if whole else rows_of(fixed, rows)
             )
-            rounded, q = compensate(layer.weight[rows], fmt, curvature, scales, self.options.block_size)
+            zeros = None if keep is None else Zeros(keep[rows].T[curvature.order])
+            rounded, q = compensate(layer.weight[rows], fmt, curvature, scales, self.options.block_size, zeros)
             values.append(rounded)
             parts.append(q)
         q = fixed if fixed is not None else stacked(parts)

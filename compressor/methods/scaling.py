@@ -28,16 +28,19 @@ class FoldSite:
 
     Attributes:
         fold: Which one.
-        layers: Its readers; their statistics are those of one tensor, so the first one's serve all.
+        layers: Its readers; their statistics are those of one tensor, so the first one's serve all. Only experts have
+            statistics of their own.
         formats: The format of each reader.
         storable: Factors wanted `[channels]` -> the nearest ones that leave the function as it is once the producer
             is stored.
+        dense: Readers that stay dense, routers above all.
     """
 
     fold: Fold
     layers: tuple[Layer, ...]
     formats: tuple[QuantFormat, ...]
     storable: Callable[[Tensor], Tensor]
+    dense: tuple[Layer, ...] = ()
 
     @property
     def is_unseen(self) -> bool:

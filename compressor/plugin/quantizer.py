@@ -47,8 +47,8 @@ def register(auto: ModuleType) -> None:
 
         @property
         def is_trainable(self) -> bool:
-            """Say no: packed codes have no gradients."""
-            return False
+            """Say no where anything is packed: codes have no gradients. A model that is only cut can be trained."""
+            return not self.quantization_config.to_dict().get("modules")
 
     auto.register_quantization_config(QUANT_METHOD)(CompressorConfig)
     auto.register_quantizer(QUANT_METHOD)(CompressorQuantizer)

@@ -23,6 +23,7 @@ from compressor.formats.base import QuantFormat
 from compressor.formats.native import NativeSchemes
 from compressor.formats.schemes import Schemes
 from compressor.inputs import stored_slots
+from compressor.plan import role_of
 from compressor.runtime.modules import FUSED
 from compressor.runtime.stored import (
     PACKED,
@@ -63,11 +64,9 @@ class PackedWeight:
     @property
     def role(self) -> str:
         """For an expert's projection: `gate`, `up` or `down`, by the part of the stack it fills; gate comes first."""
-        leaf = str(self.target.param).rpartition(".")[2]
-        if leaf != "gate_up_proj":
-            return leaf.removesuffix("_proj")
-        assert self.target.where.rows is not None, self
-        return "gate" if self.target.where.rows[0] == 0 else "up"
+        role = role_of(str(self.target.param), self.target.where)
+        assert role is not None, self
+        return role
 
 
 @dataclass(frozen=True)
@@ -138,6 +137,7 @@ def _packed_weight(
     dtype: torch.dtype,
 ) -> PackedWeight:
     place = target.where.of(expected[str(target.param)])
+    place = place.flatten(1) if place.ndim == 4 else place  # a convolution: one row per filter
     if not target.simple or place.ndim != 2:
         raise UnsupportedError(
             f"{module}: fills {target.param} in a way that cannot stay packed",
@@ -163,9 +163,10 @@ def _sort(
             experts.setdefault(name, []).append(weight)
             continue
         module = model.get_submodule(name)
-        if type(module) is not nn.Linear or leaf != "weight":
+        if type(module) not in (nn.Linear, nn.Conv2d) or leaf != "weight":
             raise UnsupportedError(
-                f"{weight.module}: its class {type(module).__name__} is no plain linear layer and cannot stay packed",
+                f"{weight.module}: its class {type(module).__name__} is no plain linear layer or convolution, "
+                "and cannot stay packed",
                 "compress the model without this layer (--skip)",
             )
         linears[name] = weight

@@ -17,13 +17,15 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from compressor.calibration import kv_cache
+from compressor.checkpoint.cuts import apply_cuts, cuts_of
 from compressor.checkpoint.skeleton import Skeleton, model_class, quiet, read_config
-from compressor.checkpoint.source import Source, check_finite
+from compressor.checkpoint.source import Source, check_finite, read_json
 from compressor.errors import CheckpointError, UnsupportedError
 from compressor.formats.base import PackedTensor
 from compressor.formats.schemes import Schemes
 from compressor.inputs import InputOp
 from compressor.kernels import dispatch
+from compressor.runtime.convolution import PackedConv2d
 from compressor.runtime.layout import Layout, PackedWeight, read_layout
 from compressor.runtime.modules import PackedExperts, PackedLinear, refuse_experts
 from compressor.runtime.stored import assemble, assemble_inputs, open_checkpoint
@@ -61,8 +63,11 @@ def load(
     _fill_dense(model, source, layout, device)
     for name, weight in layout.linears.items():
         linear = model.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
         packed, inputs = _read_packed(source, [weight], dtype, device)[0]
+        if isinstance(linear, nn.Conv2d):
+            model.set_submodule(name, PackedConv2d(packed, weight.fmt, linear, dtype))
+            continue
+        assert isinstance(linear, nn.Linear)
         model.set_submodule(name, PackedLinear(packed, weight.fmt, linear.bias, inputs, dtype))
     for name, weights in layout.experts.items():
         model.set_submodule(name, _experts(model.get_submodule(name), name, source, weights, dtype, device))
@@ -83,7 +88,8 @@ def execution_path(model: nn.Module, m: int = 1) -> str:
         return f"dense-{dtype}"
     kernels, formats, inputs = set(), set(), set()
     for layer in layers:
-        kernels.add(dispatch.pick(layer.problem(m)).name)
+        decoded = isinstance(layer, PackedConv2d)
+        kernels.add("reference" if decoded else dispatch.pick(layer.problem(m)).name)
         formats.add(layer.fmt.name)
         inputs |= {str(step.describe().get("format", step.describe()["op"])) for step in layer.inputs}
     rounded = f", inputs {'+'.join(sorted(inputs))}" if inputs else ""
@@ -97,6 +103,7 @@ def _build(path: Path, dtype: torch.dtype, trust_remote_code: bool) -> PreTraine
         del config.quantization_config  # transformers would build its own quantized layers
     with init_empty_weights(include_buffers=False), quiet():
         model: PreTrainedModel = model_class(path, config, trust_remote_code)._from_config(config, dtype=dtype)
+    apply_cuts(model, cuts_of(read_json(path / "config.json")))
     return model
 
 

@@ -9,25 +9,28 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from compressor.checkpoint.cuts import apply_cuts, cuts_of
 from compressor.checkpoint.skeleton import META, Skeleton, Target, without_expert_merging
 from compressor.errors import CheckpointError
 from compressor.formats.base import PackedTensor, QuantFormat
-from compressor.formats.native import NativeSchemes
+from compressor.formats.native import NativeSchemes, Steps
 from compressor.inputs import InputOp, rebuild, stored_slots
+from compressor.runtime.convolution import PackedConv2d
 from compressor.runtime.modules import PackedExperts, PackedLinear
 
 
 def swap_native(model: PreTrainedModel, config: Mapping[str, Any]) -> None:
-    """Replace every module a native config lists by its packed form, tensors on meta.
+    """Make modules as narrow as a native config says, and replace those it lists by their packed form, on meta.
 
     Raises:
         CheckpointError: The config lists modules the model does not have.
     """
     schemes = NativeSchemes.parse(config)
+    apply_cuts(model, cuts_of({"quantization_config": config}))
     # Only an expert's place in its stack depends on shapes, and only on whether gate comes before up.
     targets = Skeleton(model, META).targets({f"{module}.weight": (1, 1) for module in schemes.modules})
     dtype = model.dtype
-    experts: dict[str, list[tuple[str, Target, QuantFormat]]] = {}
+    experts: dict[str, list[tuple[str, Target, QuantFormat, Steps]]] = {}
     for module in schemes.modules:
         target = targets[f"{module}.weight"]
         fmt = schemes.find((module,), dtype)
@@ -35,9 +38,13 @@ def swap_native(model: PreTrainedModel, config: Mapping[str, Any]) -> None:
             raise CheckpointError(f"{module}: is listed as packed, but the model has no such weight", "wrong config?")
         owner = target.param.rpartition(".")[0]
         if target.where.expert is not None:
-            experts.setdefault(owner, []).append((module, target, fmt))
+            experts.setdefault(owner, []).append((module, target, fmt, schemes.steps((module,))))
             continue
         linear = model.get_submodule(owner)
+        if isinstance(linear, nn.Conv2d):
+            packed = empty_packed(fmt, (linear.out_channels, linear.weight[0].numel()))
+            model.set_submodule(owner, PackedConv2d(packed, fmt, linear, dtype))
+            continue
         if not isinstance(linear, nn.Linear):
             raise CheckpointError(f"{module}: is listed as packed, but is a {type(linear).__name__}", "wrong config?")
         packed = empty_packed(fmt, (linear.out_features, linear.in_features))
@@ -67,11 +74,11 @@ def without_stacking(conversions: list[Any], model: nn.Module) -> list[Any]:
 
 
 def _empty_experts(
-    stack: nn.Module, members: list[tuple[str, Target, QuantFormat]], dtype: torch.dtype
+    stack: nn.Module, members: list[tuple[str, Target, QuantFormat, Steps]], dtype: torch.dtype
 ) -> PackedExperts:
     layers: dict[int, dict[str, PackedLinear]] = {}
     roles: dict[str, str] = {}
-    for module, target, fmt in members:
+    for module, target, fmt, steps in members:
         assert target.param is not None
         assert target.where.expert is not None
         leaf, fused = module.rpartition(".")[2], target.param.rpartition(".")[2]
@@ -80,7 +87,8 @@ def _empty_experts(
         if target.where.rows is not None:
             rows, role = rows // 2, "gate" if target.where.rows[0] == 0 else "up"
         roles[role] = leaf
-        layer = PackedLinear(empty_packed(fmt, (rows, columns)), fmt, dtype=dtype)
+        inputs = empty_inputs(steps, (rows, columns), dtype)
+        layer = PackedLinear(empty_packed(fmt, (rows, columns)), fmt, inputs=inputs, dtype=dtype)
         layers.setdefault(target.where.expert, {})[leaf] = layer
     # Its stacks are gone: nothing of it is left for transformers to initialize.
     stack._is_hf_initialized = True  # type: ignore[assignment]

@@ -1,8 +1,8 @@
-"""A small server on the loopback interface that answers the calls a Hub client makes to download a model.
+"""A small server on the loopback interface that answers the calls a Hub client makes to download and upload a model.
 
 Enough of the protocol for `huggingface_hub`: model info, file listing, HEAD and GET of files with the Hub's own
 headers, large files behind a redirect to signed addresses, byte ranges, error codes. It can refuse, and it can vanish
-in the middle of a file.
+in the middle of a file. Uploads are in `hub_uploads.py`.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from compressor.testing.hub_uploads import LARGE, Faults, Uploads, git_hash
+
 SIGNATURE = "signed-and-secret"
 """Part of every redirect's address; must never reach a user."""
 
-_LARGE = (".safetensors", ".bin", ".gguf")
 _API = re.compile(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?")
 _RESOLVE = re.compile(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 
@@ -46,11 +47,17 @@ class Repo:
         files: Name -> content, the same at every revision.
         branches: Names that point to the only commit.
         gated: Information is public, files need a permission nobody has.
+        private: What its information says.
+        card: Metadata its information gives.
+        commits: Messages of the commits that were uploaded.
     """
 
     files: dict[str, bytes]
     branches: tuple[str, ...] = ("main",)
     gated: bool = False
+    private: bool = False
+    card: dict[str, Any] = field(default_factory=dict)
+    commits: list[str] = field(default_factory=list)
 
     @property
     def commit(self) -> str:
@@ -71,12 +78,18 @@ class Hub:
         vanish_after: Bytes of a large file after which the server is gone: it closes this connection and answers no
             other; None never.
         gone: Whether that has happened.
+        writers: Token -> owners it may write for; other tokens are not known.
+        uploaded: Large files that were sent, by SHA-256.
+        faults: What goes wrong with uploads.
     """
 
     repos: dict[str, Repo] = field(default_factory=dict)
     requests: list[Request] = field(default_factory=list)
     vanish_after: int | None = None
     gone: bool = False
+    writers: dict[str, set[str]] = field(default_factory=dict)
+    uploaded: dict[str, bytes] = field(default_factory=dict)
+    faults: Faults = field(default_factory=Faults)
     server: ThreadingHTTPServer | None = None
 
     @property
@@ -120,7 +133,7 @@ def folder_files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(Uploads, BaseHTTPRequestHandler):
     hub: Hub
     protocol_version = "HTTP/1.1"
 
@@ -170,7 +183,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._send_json([_entry(file, content) for file, content in repo.files.items()])
             return
         siblings = [{"rfilename": file} for file in repo.files]
-        self._send_json({"id": name, "modelId": name, "sha": repo.commit, "siblings": siblings, "private": False})
+        about = {"id": name, "modelId": name, "sha": repo.commit, "siblings": siblings, "private": repo.private}
+        self._send_json({**about, "cardData": repo.card})
 
     def _send_file(self, name: str, revision: str, file: str) -> None:
         repo = self._repo(name, revision)
@@ -184,7 +198,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         content = repo.files[file]
         headers = {"X-Repo-Commit": repo.commit, "Accept-Ranges": "bytes"}
-        if not file.endswith(_LARGE):
+        if not file.endswith(LARGE):
             self._send(200, content, {**headers, "ETag": f'"{hashlib.sha1(content).hexdigest()}"'})
             return
         digest = hashlib.sha256(content).hexdigest()
@@ -220,8 +234,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         self.connection.shutdown(socket.SHUT_RDWR)
 
-    def _send_json(self, data: object) -> None:
-        self._send(200, json.dumps(data).encode(), {"Content-Type": "application/json"})
+    def _send_json(self, data: object, status: int = 200) -> None:
+        self._send(status, json.dumps(data).encode(), {"Content-Type": "application/json"})
 
     def _refuse(self, status: int, code: str) -> None:
         self._send(status, b"", {"X-Error-Code": code, "X-Error-Message": f"the server says {code}"})
@@ -244,8 +258,8 @@ def _entry(name: str, content: bytes) -> dict[str, Any]:
         "type": "file",
         "path": name,
         "size": len(content),
-        "oid": hashlib.sha1(content).hexdigest(),
+        "oid": git_hash(content),
     }
-    if name.endswith(_LARGE):
+    if name.endswith(LARGE):
         entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
     return entry

@@ -11,6 +11,8 @@ from tokenizers.models import BPE
 from transformers import (
     BertConfig,
     BertModel,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
@@ -21,6 +23,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     ResNetConfig,
     ResNetForImageClassification,
 )
@@ -130,6 +134,43 @@ def tiny_qwen2_moe(seed: int = 0) -> PreTrainedModel:
         mlp_only_layers=[0],
     )
     return random_model(lambda: Qwen2MoeForCausalLM(config), seed)
+
+
+def tiny_qwen3_moe(seed: int = 0) -> PreTrainedModel:
+    """Build a Qwen3-MoE: four experts per layer, two per token, shares renormalised."""
+    config = Qwen3MoeConfig(
+        **_TEXT,
+        num_hidden_layers=2,
+        num_key_value_heads=2,
+        intermediate_size=128,
+        moe_intermediate_size=64,
+        num_experts=4,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+    )
+    return random_model(lambda: Qwen3MoeForCausalLM(config), seed)
+
+
+def tiny_deepseek(seed: int = 0) -> PreTrainedModel:
+    """Build a DeepSeek-V3: one dense layer, then one with a sigmoid router, groups, and a shared expert."""
+    config = DeepseekV3Config(
+        **_TEXT,
+        num_hidden_layers=2,
+        first_k_dense_replace=1,
+        intermediate_size=128,
+        moe_intermediate_size=64,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=2,
+        topk_group=1,
+        n_shared_experts=1,
+        q_lora_rank=32,
+        kv_lora_rank=32,
+        qk_rope_head_dim=16,
+        qk_nope_head_dim=16,
+        v_head_dim=16,
+    )
+    return random_model(lambda: DeepseekV3ForCausalLM(config), seed)
 
 
 def tiny_resnet(seed: int = 0) -> PreTrainedModel:

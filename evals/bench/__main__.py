@@ -67,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace) -> int:
     # Imported here: it loads torch, which pages are made without.
     from compressor.evals.bench.runner import Settings, run_table
+    from compressor.evals.bench.vision import is_vision, run_vision_table
 
     path = find_table(options.table)
     if options.threads < 1:
@@ -82,7 +83,8 @@ def _run(options: argparse.Namespace) -> int:
         rerun=options.rerun,
         keep=options.keep,
     )
-    summary = run_table(path, settings, say=lambda text: print(text, flush=True))
+    make = run_vision_table if is_vision(path) else run_table
+    summary = make(path, settings, say=lambda text: print(text, flush=True))
     _write_page(path, options.results)
     print(
         f"{len(summary.done)} rows made, {len(summary.kept)} kept, {len(summary.failed)} failed, "
@@ -98,12 +100,20 @@ def _render(options: argparse.Namespace) -> int:
 
 def _write_page(path: Path, results: Path | None) -> Path:
     page = path.with_suffix(".md")
-    save(page, render_table(path, results))
+    from compressor.evals.bench.vision import is_vision, render_vision
+
+    save(page, render_vision(path, results) if is_vision(path) else render_table(path, results))
     return page
 
 
 def _list(options: argparse.Namespace) -> int:
+    from compressor.evals.bench.vision import is_vision, progress_of
+
     for path in sorted(TABLES.glob("*.yaml")):
+        if is_vision(path):
+            title, seeds, done, failed = progress_of(path)
+            print(f"{path.stem}: {title}; {seeds} seeds, {done} done, {failed} failed")
+            continue
         table = read_table(path)
         records = [read_record(results_folder(path) / f"{table.key(row)}.json") for row in table.rows]
         failed = sum(1 for record in records if record is not None and record.error is not None)

@@ -37,14 +37,17 @@ class Inputs:
     evaluation: Path
 
 
-def find_inputs(table: Table, data: Path) -> Inputs:
-    """Find and check the inputs.
+def find_inputs(table: Table, data: Path, work: Path) -> Inputs:
+    """Find and check the inputs; where a text's part is meant, it is written into the work folder.
 
     Raises:
         RecipeError: A text is not in the data folder.
         CheckpointError: A text is not the one the table names, or the model cannot be read.
     """
     texts = [_text(data, spec.file, spec.sha256) for spec in (table.calibration, table.evaluation)]
+    for index, spec in enumerate((table.calibration, table.evaluation)):
+        if spec.part is not None:
+            texts[index] = _part(texts[index], spec.part, work)
     inside = data / table.model
     is_name = table.model in EMBEDDED or (HUB_ID.fullmatch(table.model) is not None and not inside.is_dir())
     argument = table.model if is_name else str(inside.resolve())
@@ -81,6 +84,16 @@ def write_tokens(table: Table, inputs: Inputs, folder: Path) -> tuple[Path, Path
     for path, tokens in zip(paths, (windows, scored), strict=True):
         np.save(path, tokens.numpy())
     return paths
+
+
+def _part(path: Path, part: tuple[float, float], work: Path) -> Path:
+    """Write a share of a text's characters to a file of its own."""
+    text = path.read_text(encoding="utf-8")
+    start, stop = (round(share * len(text)) for share in part)
+    target = work / "texts" / f"{path.stem}-{start}-{stop}{path.suffix}"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(text[start:stop], encoding="utf-8")
+    return target.resolve()
 
 
 def _text(data: Path, name: str, sha256: str) -> Path:

@@ -29,7 +29,11 @@ class Record:
         error: One line if the row failed; then nothing below is set.
         weight_bytes: Bytes of all stored tensors; None where the tool's export is not the packed one.
         bits_per_weight: Of the compressed weights, scales included.
-        cost: Step -> what it took: `quantize`, `evaluate`.
+        experts: Of a mixture of experts, the fewest calibration tokens that reach one (`routed_fewest`), that one is
+            calibrated on (`used_fewest`), and how many experts were topped up (`topped_up`).
+        sparsity: Of pruned rows, the share of zeros among the values of the compressed layers, as written.
+        curve: Of rows that search masks, what every sweep did, the starting mask first.
+        cost: Step -> what it took: `quantize` (or pruning, or both), `evaluate`.
         evaluation: Scores.
     """
 
@@ -42,6 +46,9 @@ class Record:
     error: str | None = None
     weight_bytes: int | None = None
     bits_per_weight: float | None = None
+    experts: Mapping[str, float] | None = None
+    sparsity: float | None = None
+    curve: list[dict[str, Any]] | None = None
     cost: Mapping[str, Cost] = field(default_factory=dict)
     evaluation: Evaluation | None = None
 

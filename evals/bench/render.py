@@ -8,6 +8,7 @@ from pathlib import Path
 from compressor.errors import CheckpointError
 from compressor.evals.bench.machine import sentence
 from compressor.evals.bench.record import Record, read_record
+from compressor.evals.bench.seeds import seeds_section
 from compressor.evals.bench.table import ORIGINAL, Row, Table, read_table, results_folder
 from compressor.evals.paired import paired_difference
 from compressor.evals.results import Estimate
@@ -24,6 +25,9 @@ HEAD = (
     "CPU time",
     "peak memory",
 )
+ZEROS_AT = 3
+"""Place of the column that tables with pruned rows have beside these."""
+
 NOTHING = "-"
 TEXT_TASK, KL_TASK = "perplexity", "kl"
 
@@ -47,7 +51,12 @@ def render_table(path: Path, results: Path | None = None) -> str:
         record = records[row.name]
         if record is not None and record.digest != table.digest(row):
             raise CheckpointError(f"{table.key(row)}.json holds another row", "delete it and run the row again")
-    rows = [_cells(row, records[row.name], original) for row in _grouped(table.rows)]
+    rows = [_cells(row, records[row.name], original) for row in _grouped(table.rows) if row.seed is None]
+    head = list(HEAD)
+    if any(row.prune for row in table.rows):
+        head.insert(ZEROS_AT, "zeros")
+        shown = [row for row in _grouped(table.rows) if row.seed is None]
+        rows = [_with_zeros(cells, records[row.name]) for row, cells in zip(shown, rows, strict=True)]
     lines = [
         f"<!-- made by `python -m compressor.evals.bench render {path.stem}`; do not edit -->",
         f"# {table.title}",
@@ -55,11 +64,12 @@ def render_table(path: Path, results: Path | None = None) -> str:
         *([table.text.strip(), ""] if table.text.strip() else []),
         _setting(table),
         "",
-        _line(HEAD),
-        _line(["---"] + ["---:"] * (len(HEAD) - 1)),
+        _line(head),
+        _line(["---"] + ["---:"] * (len(head) - 1)),
         *(_line(cells) for cells in rows),
         "",
         _LEGEND,
+        *seeds_section(table, records),
         *_failures(table, records),
         *_provenance(table, records),
     ]
@@ -118,6 +128,12 @@ def _cells(row: Row, record: Record | None, original: Record | None) -> list[str
         _duration(cost.cpu_seconds),
         f"{cost.peak_rss / 1e9:.2f} GB",
     ]
+
+
+def _with_zeros(cells: list[str], record: Record | None) -> list[str]:
+    """Return a row's cells with the share of zeros among them."""
+    shown = NOTHING if record is None or record.sparsity is None else f"{100 * record.sparsity:.1f} %"
+    return [*cells[:ZEROS_AT], shown, *cells[ZEROS_AT:]]
 
 
 def _failures(table: Table, records: Mapping[str, Record | None]) -> list[str]:

@@ -14,6 +14,7 @@ import compressor
 from compressor.errors import CheckpointError
 from compressor.evals.bench.inputs import Inputs, write_tokens
 from compressor.evals.bench.machine import describe
+from compressor.evals.bench.pruning import CURVE, found_state, joined, keep_state, read_curve
 from compressor.evals.bench.record import Record
 from compressor.evals.bench.steps import Cost, Surroundings, run_step
 from compressor.evals.bench.table import Row, Table
@@ -22,6 +23,9 @@ from compressor.evals.results import Evaluation
 EXTERNAL = Path(__file__).parent / "external"
 SCRIPTS = {"llmcompressor": "llmcompressor_row.py", "autoround": "autoround_row.py"}
 CHECKPOINT = "checkpoint"
+PRUNED = "pruned"
+"""Folder of a pruned checkpoint that is going to be quantized."""
+
 COMPRESS = (sys.executable, "-m", "compressor")
 SCALE_BITS = 16
 """Of AutoRound's symmetric integers: one float16 scale per group."""
@@ -90,8 +94,9 @@ class Bench:
 
     def _ours(self, row: Row, folder: Path) -> Record:
         # --force: an unfinished result of a killed run is thrown away, or its time would be that of the rest alone.
-        costs = {"quantize": self._run(folder, "quantize", row, [*COMPRESS, *self._quantize_arguments(row)])}
+        costs = {"quantize": self._compress(row, folder)}
         report = _read(folder / CHECKPOINT / "compress_report.json")
+        curve = folder / CHECKPOINT / CURVE
         arguments = self._eval_arguments(CHECKPOINT, self.inputs.model_argument)
         costs["evaluate"] = self._run(folder, "evaluate", row, [*COMPRESS, *arguments])
         return replace(
@@ -99,9 +104,46 @@ class Bench:
             versions=report["versions"],
             weight_bytes=report["bytes_after"],
             bits_per_weight=report["bits_per_weight"],
+            experts=expert_tokens(report),
+            sparsity=report.get("sparsity") if row.prune else None,
+            curve=read_curve(curve) if curve.is_file() else None,
             cost=costs,
             evaluation=self._evaluation(folder, row.name),
         )
+
+    def _compress(self, row: Row, folder: Path) -> Cost:
+        """Prune, if the row says so, and quantize, if it says so; return what both took."""
+        if row.prune is None:
+            return self._run(folder, "quantize", row, [*COMPRESS, *self._quantize_arguments(row)])
+        pruned = CHECKPOINT if row.method is None else PRUNED
+        before = found_state(self._state(self._row(row.prune.after))) if row.prune.after else None
+        if before is None:
+            cost = self._run(folder, "prune", row, [*COMPRESS, *self._prune_arguments(row, pruned)])
+        else:
+            state, done, spent = before
+            arguments = self._prune_arguments(row, pruned, state, done)
+            cost = joined(spent, self._run(folder, "prune", row, [*COMPRESS, *arguments]))
+        keep_state(folder / pruned, self._state(row), cost)
+        if row.method is None:
+            return cost
+        arguments = self._quantize_arguments(row, pruned)
+        return joined(cost, self._run(folder, "quantize", row, [*COMPRESS, *arguments]))
+
+    def _row(self, name: str | None) -> Row:
+        return next(row for row in self.table.rows if row.name == name)
+
+    def _state(self, row: Row) -> Path:
+        """Return where a row's search leaves its masks for rows that go on."""
+        return self.work / "states" / self.table.key(row)
+
+    def _prune_arguments(self, row: Row, output: str, state: Path | None = None, done: int = 0) -> list[str]:
+        assert row.prune is not None
+        calibration = self.table.calibration
+        arguments = ["prune", self.inputs.model_argument, *row.prune.arguments(state, done)]
+        arguments += ["--data", str(self.inputs.calibration)]
+        arguments += ["--n-samples", str(calibration.samples), "--seq-len", str(calibration.seq_len)]
+        arguments += ["--seed", str(self.table.seed_of(row)), "--device", self.around.device]
+        return [*arguments, "--output", output, "--force", "--quiet"]
 
     def _foreign(self, row: Row, folder: Path, original: Evaluation) -> Record:
         # Imported here: transformers takes seconds, and rows of ours need it in their own processes only.
@@ -112,7 +154,7 @@ class Bench:
         model = str(self.inputs.model)
         making = [self.environments[row.tool], str(EXTERNAL / SCRIPTS[row.tool]), "--model", model]
         making += ["--tokens", str(calibration), "--output", CHECKPOINT, "--report", "tool.json"]
-        making += ["--seed", str(self.table.seed), *tool_arguments(row)]
+        making += ["--seed", str(self.table.seed_of(row)), *tool_arguments(row)]
         making += ["--device", self.around.device] if row.tool == "autoround" else []
         scoring = [sys.executable, str(EXTERNAL / "stock_score.py"), "--model", CHECKPOINT, "--baseline", model]
         scoring += ["--tokens", str(scored), "--context", str(self.table.evaluation.context)]
@@ -146,17 +188,17 @@ class Bench:
     def _run(self, folder: Path, step: str, row: Row, command: list[str], foreign: bool = False) -> Cost:
         return run_step(folder, step, command, self.request(row, step), self.around, foreign=foreign)
 
-    def _quantize_arguments(self, row: Row) -> list[str]:
+    def _quantize_arguments(self, row: Row, model: str | None = None) -> list[str]:
         calibration = self.table.calibration
         what = ["--method", str(row.method), "--format", str(row.format)]
-        arguments = ["quantize", self.inputs.model_argument, *what]
+        arguments = ["quantize", model or self.inputs.model_argument, *what]
         arguments += ["--group-size", row.group_size] if row.group_size else []
         arguments += ["--inputs", row.inputs] if row.inputs else []
         for key, value in row.options.items():
             arguments += ["--option", f"{key}={value if isinstance(value, str) else json.dumps(value)}"]
         arguments += ["--data", str(self.inputs.calibration)]
         arguments += ["--n-samples", str(calibration.samples), "--seq-len", str(calibration.seq_len)]
-        arguments += ["--seed", str(self.table.seed), "--device", self.around.device]
+        arguments += ["--seed", str(self.table.seed_of(row)), "--device", self.around.device]
         return [*arguments, "--output", CHECKPOINT, "--force", "--quiet"]
 
     def _eval_arguments(self, model: str, baseline: str | None) -> list[str]:
@@ -171,9 +213,11 @@ class Bench:
         """Return the commands as a person would type them, without what only the runner needs."""
         machinery = {"--force", "--no-cache", "--quiet"}
         if row.tool is not None:
-            return [["python", SCRIPTS[row.tool], *tool_arguments(row), "--seed", str(self.table.seed)]]
+            return [["python", SCRIPTS[row.tool], *tool_arguments(row), "--seed", str(self.table.seed_of(row))]]
         name = self.table.model
-        lines = [] if row.is_original else [self._quantize_arguments(row)]
+        lines = [] if row.is_original else [self._quantize_arguments(row, PRUNED if row.prune else None)]
+        if row.prune is not None:
+            lines = [self._prune_arguments(row, PRUNED if row.method else CHECKPOINT), *(lines if row.method else [])]
         lines.append(self._eval_arguments(name if row.is_original else CHECKPOINT, None if row.is_original else name))
         return [["compress", *(word for word in line if word not in machinery)] for line in lines]
 
@@ -191,6 +235,19 @@ class Bench:
     def clean(self, row: Row) -> None:
         """Remove what a finished row has left in the work folder."""
         shutil.rmtree(self.work / self.table.key(row), ignore_errors=True)
+
+
+def expert_tokens(report: dict[str, Any]) -> dict[str, float] | None:
+    """Return what a report says about the calibration tokens of experts, or None if it says nothing."""
+    units = [unit for unit in report.get("units", ()) if "expert_tokens_fewest" in unit]
+    if not units:
+        return None
+    used = [row["tokens"] for row in report["rows"] if row.get("routed") is not None]
+    return {
+        "routed_fewest": min(unit["expert_tokens_fewest"] for unit in units),
+        "used_fewest": min(used),
+        "topped_up": sum(unit["experts_topped_up"] for unit in units),
+    }
 
 
 def tool_arguments(row: Row) -> list[str]:

@@ -87,7 +87,7 @@ def run_table(path: Path, settings: Settings, say: Callable[[str], None] = lambd
             f"{path.name}: no row matches {settings.rows!r}", f"rows: {', '.join(r.name for r in table.rows)}"
         )
     bench = _prepare(table, settings)
-    with _only_run(settings.work):
+    with only_run(settings.work):
         return _run(bench, chosen, settings, say)
 
 
@@ -98,8 +98,8 @@ def _prepare(table: Table, settings: Settings) -> Bench:
             raise RecipeError(f"--env {tool}: no such tool", f"one of {', '.join(SCRIPTS)}")
         if not Path(interpreter).is_file():
             raise RecipeError(f"--env {tool}={interpreter}: no such file", "give the interpreter of its environment")
-    inputs = find_inputs(table, settings.data)
     work = settings.work.resolve()
+    inputs = find_inputs(table, settings.data, work)
     hidden = {
         str(inputs.calibration): table.calibration.file,
         str(inputs.evaluation): table.evaluation.file,
@@ -186,7 +186,7 @@ def _why_not(row: Row, bench: Bench, original: Record | None) -> str | None:
 
 
 @contextlib.contextmanager
-def _only_run(work: Path) -> Iterator[None]:
+def only_run(work: Path) -> Iterator[None]:
     """Hold the work folder's lock: two runs would write the same checkpoints."""
     try:
         work.mkdir(parents=True, exist_ok=True)

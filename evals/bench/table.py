@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from compressor.errors import RecipeError
+from compressor.evals.bench.pruning import Prune
 from compressor.formats import BUILDERS
 from compressor.formats.activations import get_input_format
 
@@ -36,6 +37,13 @@ class _Strict(BaseModel):
 class _Text(_Strict):
     file: str = Field(pattern=r"^[^/\\]+\.(txt|jsonl)$", description="file name inside --data-dir")
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="of the file; another text is another table")
+    part: tuple[float, float] | None = Field(None, description="from where to where, as shares of its characters")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> _Text:
+        if self.part is not None and not 0 <= self.part[0] < self.part[1] <= 1:
+            raise ValueError(f"part {list(self.part)} is not a start and a stop between 0 and 1")
+        return self
 
 
 class Calibration(_Text):
@@ -62,7 +70,9 @@ class Row(_Strict):
         group_size: Inputs per scale, `channel`, or what else `--group-size` takes; None is the format's default.
         inputs: Format the inputs of layers are rounded to, or None.
         options: Options of our method.
+        seed: Seed instead of the table's; rows that differ in it alone make one line of the page.
         tool: The other tool, or None.
+        prune: What is pruned first; without a method of ours that is all.
         algorithm: llm-compressor: `gptq` or `rtn`.
         iters: AutoRound: steps per block.
     """
@@ -73,6 +83,8 @@ class Row(_Strict):
     group_size: str | None = None
     inputs: str | None = None
     options: dict[str, Any] = Field(default_factory=dict)
+    seed: int | None = Field(None, ge=0)
+    prune: Prune | None = None
     tool: Literal["llmcompressor", "autoround"] | None = None
     algorithm: Literal["gptq", "rtn"] | None = None
     iters: int | None = Field(None, ge=0)
@@ -80,9 +92,9 @@ class Row(_Strict):
     @model_validator(mode="after")
     def _complete(self) -> Row:
         wanted = {
-            None: {"method", "format", "group_size", "inputs", "options"},
-            "llmcompressor": {"tool", "algorithm", "format", "group_size"},
-            "autoround": {"tool", "iters", "format", "group_size"},
+            None: {"method", "format", "group_size", "inputs", "options", "seed", "prune"},
+            "llmcompressor": {"tool", "algorithm", "format", "group_size", "seed"},
+            "autoround": {"tool", "iters", "format", "group_size", "seed"},
         }[self.tool]
         given = {name for name, value in self if name != "name" and value not in (None, {})}
         if self.name == ORIGINAL:
@@ -91,7 +103,9 @@ class Row(_Strict):
             return self
         if given - wanted:
             raise ValueError(f"{', '.join(sorted(given - wanted))} means nothing for {self.tool or 'a row of ours'}")
-        missing = wanted - given - {"group_size", "inputs", "options"}
+        missing = wanted - given - {"group_size", "inputs", "options", "seed", "prune"}
+        if self.prune is not None and not given & {"method", "format", "group_size", "inputs", "options"}:
+            missing = set()  # pruned and not rounded
         if missing:
             raise ValueError(f"{', '.join(sorted(missing))} is missing")
         integers = str(self.format).startswith("int")
@@ -138,6 +152,8 @@ class Table(_Strict):
         for row, key in zip(self.rows, keys, strict=True):
             if keys.count(key) > 1:
                 raise ValueError(f"row {row.name!r} has the file name {key} of another row")
+            if row.prune is not None and row.prune.after is not None and row.prune.after not in names:
+                raise ValueError(f"row {row.name!r} goes on after {row.prune.after!r}, which is no row")
         return self
 
     def key(self, row: Row) -> str:
@@ -145,16 +161,22 @@ class Table(_Strict):
         readable = re.sub(r"[^a-z0-9]+", "-", row.name.lower()).strip("-")
         return f"{readable}-{self.digest(row)[:DIGEST_CHARS]}"
 
+    def seed_of(self, row: Row) -> int:
+        """Return the seed of a row's run."""
+        return self.seed if row.seed is None else row.seed
+
     def digest(self, row: Row) -> str:
         """Return the hex SHA-256 of all that a row's result depends on: recipe, model and texts; not its name."""
         described: dict[str, Any] = {
             "model": self.model,
-            "evaluation": self.evaluation.model_dump(),
+            "evaluation": self.evaluation.model_dump(exclude_none=True),
         }
         if not row.is_original:
-            described["row"] = row.model_dump(exclude={"name"}, exclude_defaults=True)
-            described["calibration"] = self.calibration.model_dump()
-            described["seed"] = self.seed
+            described["row"] = row.model_dump(
+                exclude={"name": True, "seed": True, "prune": {"after"}}, exclude_defaults=True
+            )
+            described["calibration"] = self.calibration.model_dump(exclude_none=True)
+            described["seed"] = self.seed_of(row)
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
@@ -162,7 +184,7 @@ def read_table(path: Path) -> Table:
     """Read a table.
 
     A row whose `method` or `format` is a list stands for all combinations, format by format; its name is made from
-    `label` (else the method), format and group size.
+    `label` (else the method), format and group size. One with `seeds` stands for a row with each of them.
 
     Raises:
         RecipeError: Unreadable, not YAML, or not a table; the message names the field.
@@ -179,7 +201,11 @@ def read_table(path: Path) -> Table:
     for index, entry in enumerate(data["rows"]):
         if not isinstance(entry, dict):
             raise RecipeError(f"{path}: rows.{index}: {entry!r} is not a mapping")
-        rows.extend(_expanded(entry))
+        seeds = entry.get("seeds")
+        for one in _expanded({key: value for key, value in entry.items() if key != "seeds"}):
+            rows.extend(
+                [one] if seeds is None else [{**one, "seed": s, "name": f"{one['name']} seed {s}"} for s in seeds]
+            )
     try:
         table = Table.model_validate({**data, "rows": rows})
     except ValidationError as error:
@@ -224,7 +250,7 @@ def _expanded(entry: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def _check_names(row: Row, path: Path) -> None:
     """Refuse a format that does not exist; a method that does not exist yet fails when its row is run."""
-    if row.is_original:
+    if row.is_original or (row.prune is not None and row.method is None):
         return
     if row.format not in BUILDERS:
         raise RecipeError(f"{path}: row {row.name!r}: unknown format {row.format!r}", f"one of {', '.join(BUILDERS)}")

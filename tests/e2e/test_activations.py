@@ -28,13 +28,14 @@ from compressor.evals.activations import check_activations
 from compressor.formats.activations import INPUT_FORMATS
 from compressor.recipe import Recipe
 from compressor.report import RunReport
-from compressor.runtime import PackedLinear, dequantized, execution_path
+from compressor.runtime import PackedExperts, PackedLinear, dequantized, execution_path
 from compressor.testing import models
 from compressor.testing.stock import Case, Loaded, load_stock
 from compressor.testing.tools import save_checkpoint, tree_hash, write_text
 
 PAIRS: dict[str, dict[str, object]] = {
     "w8a8-token": {"inputs": "int8-token"},
+    "w8a8-token-asym": {"inputs": "int8-token-asym", "format": "int8", "group_size": 32},
     "w8a8-tensor": {"inputs": "int8-tensor"},
     "fp8-token": {"inputs": "fp8-token"},
     "fp8-tensor": {"inputs": "fp8-tensor", "format": "fp8-tensor"},
@@ -240,15 +241,42 @@ def test_native_results_round_inputs_too(tmp_path: Path) -> None:
     assert {"fp4, inputs int8-tensor", "fp4"} == set(report.stored)
 
 
-def test_experts_keep_their_inputs_and_the_plan_says_why(tmp_path: Path) -> None:
+def test_experts_round_their_inputs_as_the_checkpoint_says(tmp_path: Path) -> None:
     report = run(models.tiny_olmoe(), tmp_path, format="int4", inputs="int8-token", group_size=32)
-    assert {row.inputs for row in report.rows if ".experts." in row.name} == {None}
-    assert {row.inputs for row in report.rows if ".self_attn." in row.name and "proj" in row.name} == {"int8-token"}
-    assert any("inputs of" in event and "experts" in event for event in report.events)
+    rows = [row for row in report.rows if ".experts." in row.name]
+    assert {row.inputs for row in rows} == {"int8-token"}
+    assert any("stock transformers rounds no inputs inside experts" in event for event in report.events)
+    model = compressor.load(tmp_path / "out")
+    experts = model.get_submodule("model.layers.0.mlp.experts")
+    assert all(layer.inputs for layer in experts.modules() if isinstance(layer, PackedLinear))
+    run(models.tiny_olmoe(), tmp_path, format="int4", group_size=32, output=tmp_path / "plain")
+    tokens = models.sample_tokens(model)
+    assert not torch.equal(logits(tmp_path / "out", tokens), logits(tmp_path / "plain", tokens))
+    found = check(tmp_path / "out", quick=False)
+    assert found.ok
+    assert "not decoded" not in str(found.to_json())
     report = run(models.tiny_olmoe(), tmp_path, inputs="int8-token", output=tmp_path / "bytes")
     assert any("stock transformers raises on int8-bytes experts" in event for event in report.events)
     loaded = load_stock({"": Case(tmp_path / "bytes")}, tmp_path)[""]
     assert loaded.error is not None
+
+
+def test_rounded_inputs_of_experts_equal_explicit_arithmetic(tmp_path: Path) -> None:
+    """A static scale per projection, measured; the loaded experts round and multiply as written out here."""
+    run(models.tiny_olmoe(), tmp_path, format="int8", inputs="int8-tensor", group_size=32)
+    experts = compressor.load(tmp_path / "out").get_submodule("model.layers.1.mlp.experts")
+    assert isinstance(experts, PackedExperts)
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    index, share = torch.tensor([[3]] * 5), torch.full((5, 1), 0.5)
+
+    def project(role: str, rows: torch.Tensor) -> torch.Tensor:
+        layer = experts.projection(3, role)
+        scale = layer.inputs[0].tensors()["input_scale"]
+        assert scale.item() > 1e-4  # one that calibration data gave
+        return ((rows / scale).clamp(-128, 127).round() * scale) @ layer.dequantize().T
+
+    middle = torch.nn.functional.silu(project("gate", x)) * project("up", x)
+    assert torch.allclose(experts(x, index, share), 0.5 * project("down", middle), atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,7 @@ def test_saturated_values_are_counted() -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"num_bits": 8, "type": "int", "symmetric": False, "strategy": "token", "dynamic": True},
+        {"num_bits": 8, "type": "int", "symmetric": False, "strategy": "tensor", "dynamic": False},
         {"num_bits": 3, "type": "int", "strategy": "token", "dynamic": True},
         {"num_bits": 8, "type": "int", "strategy": "tensor", "dynamic": True},
         {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 64, "dynamic": True},

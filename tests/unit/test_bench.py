@@ -22,6 +22,7 @@ from compressor.evals.bench.render import render_table
 from compressor.evals.bench.runner import Settings, Summary, run_table
 from compressor.evals.bench.stock import evaluation_from_scores
 from compressor.evals.bench.table import TABLES, read_table
+from compressor.evals.bench.vision import is_vision, read_vision_table, render_vision
 from compressor.files import sha256_file
 from compressor.testing.models import tiny_llama
 from compressor.testing.tools import save_checkpoint, write_text
@@ -380,15 +381,20 @@ def test_a_page_comes_from_the_row_files_alone(place: Place) -> None:
 @pytest.mark.parametrize("path", sorted(TABLES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_projects_pages_are_up_to_date(path: Path) -> None:
     page = path.with_suffix(".md")
-    assert page.read_text(encoding="utf-8") == render_table(path), (
+    made = render_vision(path) if is_vision(path) else render_table(path)
+    assert page.read_text(encoding="utf-8") == made, (
         f"write it again: python -m compressor.evals.bench render {path.stem}"
     )
 
 
 def test_every_committed_result_belongs_to_a_row_and_names_no_path() -> None:
     for path in sorted(TABLES.glob("*.yaml")):
-        table = read_table(path)
-        keys = {table.key(row) for row in table.rows}
+        if is_vision(path):
+            seeds = read_vision_table(path)
+            keys = {seeds.key(seed) for seed in range(seeds.seeds)}
+        else:
+            table = read_table(path)
+            keys = {table.key(row) for row in table.rows}
         for file in (TABLES.parent / "results" / path.stem).glob("*.json"):
             assert file.stem in keys, f"{file} is a result of no row of {path.name}"
             text = file.read_text(encoding="utf-8")

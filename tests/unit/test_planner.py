@@ -88,7 +88,11 @@ def test_part_of_an_expert_stack_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="one scheme for all experts"):
         plan_of(models.tiny_mixtral(), tmp_path, format="int4", skip=("*.w2",))
     with pytest.raises(RecipeError, match="one scheme for all experts"):
-        plan_of(models.tiny_mixtral(), tmp_path, format="int4", set={"model.layers.0.*.experts.*": "int8"})
+        plan_of(models.tiny_mixtral(), tmp_path, format="int4", set={"model.layers.0.*.experts.*.w2": "int8"})
+    with pytest.raises(RecipeError, match="one scheme for all experts"):
+        plan_of(models.tiny_mixtral(), tmp_path, format="int4", skip=("model.layers.0.*.experts.*",))
+    plan = plan_of(models.tiny_mixtral(), tmp_path, format="int4", set={"model.layers.0.*.experts.*": "int8"})
+    assert any("compressor.load alone reads" in note for note in plan.notes)
     plan = plan_of(models.tiny_mixtral(), tmp_path, format="int4", skip=("*.experts.*",))
     assert len(plan.compressed) == 2 * 4
 
@@ -136,10 +140,12 @@ def test_shared_expert_and_its_gate(tmp_path: Path) -> None:
     assert "model.layers.1.mlp.shared_expert.up_proj.weight" in {layer.ref.name for layer in plan.compressed}
 
 
-def test_cnn_gives_every_tensor_a_reason(tmp_path: Path) -> None:
+def test_convolutions_have_one_scale_per_filter_and_need_a_method_without_data(tmp_path: Path) -> None:
+    plan = plan_of(models.tiny_resnet(), tmp_path, format="int8")
+    assert {(layer.ref.kind, layer.group_size) for layer in plan.compressed} == {(Kind.CONV, None)}
     with pytest.raises(UnsupportedError, match="nothing to compress") as caught:
-        plan_of(models.tiny_resnet(), tmp_path, format="int8")
-    assert "convolution" in caught.value.message
+        plan_of(models.tiny_resnet(), tmp_path, format="int8", method="gptq")
+    assert "only methods that look at no data" in caught.value.message
 
 
 @pytest.mark.parametrize(

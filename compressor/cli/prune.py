@@ -1,0 +1,151 @@
+"""`compress prune MODEL`: one verb for language and vision models; the method says which."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from compressor.cli.quantize import parse_options
+from compressor.errors import RecipeError, did_you_mean
+
+
+@dataclass(frozen=True)
+class PruneFlags:
+    """What was typed. `None` and empty mean: not given, the method's runner has its own default.
+
+    Attributes:
+        model: The model argument.
+        method: A key of `compressor.pruning.PRUNERS`.
+        sparsity: Share of weights that become zero.
+        pattern: `N:M`, N of every M inputs are kept.
+        macs: Share of the multiply-adds to keep.
+        finetune: Epochs of training after the cut.
+        format: Format the kept weights are rounded to.
+        group_size: Inputs per scale of that format.
+        output: Folder to write.
+        data: Calibration text, or images.
+        n_samples: Calibration samples.
+        seq_len: Tokens per sample.
+        skip: Globs of tensors that are left alone.
+        options: Options of the method, parsed.
+        seed: Seed of everything random.
+        device: `auto`, `cpu`, `cuda`, ...
+        force: Overwrite an earlier result.
+        trust_remote_code: Run model code that comes with the checkpoint.
+        dry_run: Only print the plan.
+        json: One JSON object on stdout.
+        quiet: No progress.
+    """
+
+    model: str
+    method: str
+    sparsity: float | None = None
+    pattern: str | None = None
+    macs: float | None = None
+    finetune: int | None = None
+    format: str | None = None
+    group_size: str | None = None
+    output: Path | None = None
+    data: str | None = None
+    n_samples: int | None = None
+    seq_len: int | None = None
+    skip: tuple[str, ...] = ()
+    options: dict[str, Any] | None = None
+    seed: int = 0
+    device: str = "auto"
+    force: bool = False
+    trust_remote_code: bool = False
+    dry_run: bool = False
+    json: bool = False
+    quiet: bool = False
+
+    def refuse(self, *names: str) -> None:
+        """Raise if one of these flags was given: the method has no use for it.
+
+        Raises:
+            RecipeError: Names the flag.
+        """
+        empty = {field.name: field.default for field in fields(self)}
+        for name in names:
+            if getattr(self, name) != empty[name]:
+                raise RecipeError(f"--{name.replace('_', '-')} means nothing for method {self.method}", "leave it out")
+
+
+def prune(
+    model: Annotated[str, typer.Argument(help="Embedded model, checkpoint folder, or Hub id[@revision].")],
+    method: Annotated[str, typer.Option("--method", "-m", help="See: compress list pruners.")] = "wanda",
+    sparsity: Annotated[
+        float | None, typer.Option(help="Share of weights that become zero.", show_default=False)
+    ] = None,
+    pattern: Annotated[
+        str | None, typer.Option(metavar="N:M", help="Keep N of every M inputs, e.g. 2:4.", show_default=False)
+    ] = None,
+    macs: Annotated[
+        float | None, typer.Option(help="Share of the multiply-adds to keep (methods that cut).", show_default=False)
+    ] = None,
+    finetune: Annotated[
+        int | None, typer.Option(help="Epochs of training after the cut (vision).", show_default=False)
+    ] = None,
+    format: Annotated[
+        str | None, typer.Option("--format", "-f", help="Round what is kept, too (sparsegpt).", show_default=False)
+    ] = None,
+    group_size: Annotated[str | None, typer.Option(help="Inputs per scale of --format.", show_default=False)] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write.", show_default=False)] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Calibration text: preset, .txt, .jsonl, Hub dataset; or images.")
+    ] = None,
+    n_samples: Annotated[int | None, typer.Option(min=1, max=65_536, help="Calibration samples.")] = None,
+    seq_len: Annotated[int | None, typer.Option(min=2, max=1_048_576, help="Tokens per sample of text.")] = None,
+    skip: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Leave tensors alone (repeatable).")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="Option of the method (repeatable).")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an earlier result.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run model code that comes with the checkpoint.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; read no weights.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+) -> None:
+    """Make weights zero, or cut them out, and write the checkpoint as safetensors."""
+    from compressor.pruning import PRUNERS, RUNNERS
+
+    if method not in PRUNERS:
+        raise did_you_mean("pruning method", method, PRUNERS)
+    if quiet or json_:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    flags = PruneFlags(
+        model=model,
+        method=method,
+        sparsity=sparsity,
+        pattern=pattern,
+        macs=macs,
+        finetune=finetune,
+        format=format,
+        group_size=group_size,
+        output=output,
+        data=data,
+        n_samples=n_samples,
+        seq_len=seq_len,
+        skip=tuple(skip or ()),
+        options=parse_options(option or []) or None,
+        seed=seed,
+        device=device,
+        force=force,
+        trust_remote_code=trust_remote_code,
+        dry_run=dry_run,
+        json=json_,
+        quiet=quiet,
+    )
+    module, _, name = RUNNERS[PRUNERS[method].kind].partition(":")
+    run: Callable[[PruneFlags], None] = getattr(importlib.import_module(module), name)
+    run(flags)

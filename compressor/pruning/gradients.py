@@ -1,0 +1,233 @@
+"""Gradients of every layer's weights for single samples, one block in memory at a time.
+
+The model runs forward block by block and leaves what enters each block on the disk. The loss is then taken behind the
+last block, and the blocks are run again in reverse, each carrying the gradient of its output to its input. A linear
+layer's inputs `A` `[tokens, in]` and the gradients `D` `[tokens, out]` of its outputs say all about its weight: sample
+s has the gradient `D_s^T A_s`, and a single entry (i, j) of it is `sum_t D_s[t, i] A_s[t, j]`. Weights of samples are
+never built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressor.calibration.store import Boundary, HiddenStore
+from compressor.checkpoint.blocks import BlockSequence, Recording
+from compressor.checkpoint.skeleton import Skeleton
+from compressor.checkpoint.source import Source
+from compressor.errors import UnsupportedError
+from compressor.plan import OUTSIDE, LayerPlan, Plan
+
+TOKENS_AT_ONCE = 1024
+"""Tokens that run through a block at once."""
+
+LOGITS_AT_ONCE = 256
+"""Tokens that run through the head at once: each takes three numbers per word of the vocabulary."""
+
+Masks = Callable[[str], Tensor]
+"""Tensor name -> mask bool `[out, in]`, True where the weight is kept."""
+
+
+@dataclass(frozen=True)
+class LayerGradient:
+    """What a backward pass left of one layer.
+
+    Attributes:
+        inputs: Per sample `[in, tokens]` float32.
+        outputs: Per sample `[out, tokens]` float32, the gradient of that sample's loss.
+    """
+
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+
+    def mean(self) -> Tensor:
+        """Return the gradient of the mean loss, `[out, in]`."""
+        total = torch.zeros(len(self.outputs[0]), len(self.inputs[0]), device=self.outputs[0].device)
+        for a, d in zip(self.inputs, self.outputs, strict=True):
+            total.addmm_(d, a.T)
+        return total / len(self.outputs)
+
+    def columns(self, index: Tensor) -> Tensor:
+        """Return single samples' gradients at flat indices `[n]` of the weight, `[samples, n]`."""
+        rows, columns = index // len(self.inputs[0]), index % len(self.inputs[0])
+        return torch.stack([(d[rows] * a[columns]).sum(1) for a, d in zip(self.inputs, self.outputs, strict=True)])
+
+
+Gradients = Iterator[tuple[LayerPlan, Tensor, LayerGradient]]
+"""Plan of a layer, its original weight `[out, in]` float32, and its gradients."""
+
+
+class MaskedModel:
+    """The model with masks on its layers, run block by block.
+
+    Args:
+        plan: Says which layers have masks.
+        source: Original tensors.
+        skeleton: Filled and emptied block by block.
+        blocks: The block sequence.
+        folder: Where hidden states lie in between.
+        products: The context blocks run in.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        source: Source,
+        skeleton: Skeleton,
+        blocks: BlockSequence,
+        folder: Path,
+        products: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        self.plan, self.source, self.skeleton, self.blocks = plan, source, skeleton, blocks
+        self.store = HiddenStore(folder, "search", skeleton.device)
+        self.products = products
+
+    def losses(self, tokens: Tensor, masks: Masks) -> Tensor:
+        """Return the mean next-token loss of every sample, `[samples]` float32, for tokens `[samples, seq]`."""
+        with torch.no_grad():
+            return self._forward(tokens, masks, keep=False)[0]
+
+    def backward(
+        self, tokens: Tensor, masks: Masks
+    ) -> tuple[Tensor, Iterator[tuple[LayerPlan, Tensor, LayerGradient]]]:
+        """Return the loss of every sample, and then for each masked layer, last block first: plan, weight, gradients.
+
+        The weight is the original one, `[out, in]` float32.
+        """
+        losses, entering, gradients, recording = self._forward(tokens, masks, keep=True)
+        return losses, self._reverse(masks, entering, gradients, recording)
+
+    def _forward(
+        self, tokens: Tensor, masks: Masks, keep: bool
+    ) -> tuple[Tensor, list[Boundary], list[Tensor], Recording]:
+        """Run all blocks; with `keep`, leave what enters each block and return the gradient of what leaves the last."""
+        parts = list(self._parts(tokens))
+        with self._outside():
+            hidden = [self.blocks.prologue(self._inputs(part))[0] for part in parts]
+            recording = self.blocks.prologue(self._inputs(parts[0]))[1]
+        entering: list[Boundary] = []
+        for index in range(len(self.blocks.names)):
+            if keep:
+                entering.append(self._save(index, hidden))
+            with self._block(index, masks), torch.no_grad(), self.products():
+                hidden = [self.blocks.run(index, part, recording).float() for part in hidden]
+        losses, gradients = [], []
+        with self._outside():
+            for part, states in zip(parts, hidden, strict=True):
+                few = max(LOGITS_AT_ONCE // part.shape[1], 1)
+                pieces = [self._tail(*piece, keep) for piece in zip(part.split(few), states.split(few), strict=True)]
+                losses += [loss for loss, _ in pieces]
+                found = [gradient for _, gradient in pieces if gradient is not None]
+                gradients += [torch.cat(found)] if found else []
+        return torch.cat(losses), entering, gradients, recording
+
+    def _tail(self, tokens: Tensor, hidden: Tensor, keep: bool) -> tuple[Tensor, Tensor | None]:
+        """Return the losses of samples whose states leave the last block, and the gradient of their sum."""
+        hidden = hidden.detach().requires_grad_(keep)
+        with torch.set_grad_enabled(keep):
+            logits = self.blocks.tail(hidden, self._inputs(tokens)).float()  # always in float32: it is the judge
+            wanted = tokens[:, 1:].to(logits.device)
+            each = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), wanted.flatten(), reduction="none")
+            losses = each.view(wanted.shape).mean(1)
+        if not keep:
+            return losses, None
+        (gradient,) = torch.autograd.grad(losses.sum(), hidden)
+        return losses.detach(), gradient
+
+    def _reverse(
+        self, masks: Masks, entering: list[Boundary], gradients: list[Tensor], recording: Recording
+    ) -> Gradients:
+        """Carry gradients from the last block to the first; yield what every masked layer got."""
+        for index in reversed(range(len(self.blocks.names))):
+            layers = [layer for layer in self.plan.in_block(index) if layer.format]
+            with self._block(index, masks) as originals:
+                seen = {layer.ref.name: LayerGradient([], []) for layer in layers}
+                for number, gradient in enumerate(gradients):
+                    hidden = self.store.read(entering[index], number).requires_grad_()
+                    with self._watched(layers, seen), torch.enable_grad():
+                        with self.products():
+                            leaving = self.blocks.run(index, hidden, recording)
+                        gradients[number] = torch.autograd.grad(leaving, hidden, gradient.to(leaving.dtype))[0]
+            for layer in layers:
+                yield layer, originals[layer.ref.name], seen[layer.ref.name]
+            del seen
+            (self.store.folder / entering[index].file).unlink()
+
+    @contextmanager
+    def _watched(self, layers: list[LayerPlan], seen: Mapping[str, LayerGradient]) -> Iterator[None]:
+        """Record inputs and the gradients of outputs of these layers' modules, sample by sample."""
+        handles = []
+        copies: dict[int, tuple[Tensor, list[Tensor]]] = {}  # layers that read one tensor share its copy
+
+        def watch(layer: LayerPlan, module: nn.Module) -> None:
+            def after(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+                if args[0].dim() != 3:
+                    raise UnsupportedError(
+                        f"{layer.ref.name}: its input is {list(args[0].shape)}, not samples x tokens x width",
+                        "leave it out with --skip, or use --method wanda or sparsegpt",
+                    )
+                found = copies.get(id(args[0]))
+                if found is None:
+                    found = (args[0], [x.T.float().contiguous() for x in args[0].detach()])
+                    copies[id(args[0])] = found
+                seen[layer.ref.name].inputs.extend(found[1])
+                output.register_hook(
+                    lambda grad: seen[layer.ref.name].outputs.extend(d.T.float().contiguous() for d in grad)
+                )
+
+            handles.append(module.register_forward_hook(after))
+
+        for layer in layers:
+            watch(layer, self.skeleton.model.get_submodule(layer.ref.param.rpartition(".")[0]))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def _block(self, index: int, masks: Masks) -> Iterator[dict[str, Tensor]]:
+        """Keep a block resident with its masks applied; yields the original weights of its masked layers."""
+        layers = self.plan.in_block(index)
+        self.skeleton.load(self.source.read(layer.ref.name for layer in layers))
+        originals: dict[str, Tensor] = {}
+        for layer in layers:
+            if layer.format:
+                weight = self.skeleton.part(layer.ref.param, layer.ref.where)
+                originals[layer.ref.name] = weight.detach().clone()
+                weight.masked_fill_(~masks(layer.ref.name).to(weight.device), 0.0)
+        try:
+            yield originals
+        finally:
+            self.skeleton.free({layer.ref.param for layer in layers})
+
+    @contextmanager
+    def _outside(self) -> Iterator[None]:
+        layers = [layer for layer in self.plan.in_block(OUTSIDE) if layer.ref.part is None]
+        self.skeleton.load(self.source.read(layer.ref.name for layer in layers))
+        try:
+            yield
+        finally:
+            self.skeleton.free({layer.ref.param for layer in layers})
+
+    def _save(self, index: int, hidden: list[Tensor]) -> Boundary:
+        with self.store.writer(index) as writer:
+            for part in hidden:
+                writer.append(part)
+            return writer.close()
+
+    def _inputs(self, tokens: Tensor) -> dict[str, Tensor]:
+        return {self.blocks.model.main_input_name: tokens.to(self.skeleton.device)}
+
+    def _parts(self, tokens: Tensor) -> Iterator[Tensor]:
+        """Yield tokens in parts of equally many samples, so that block arguments are the same for all."""
+        most = max(TOKENS_AT_ONCE // tokens.shape[1], 1)
+        size = next(size for size in range(min(most, len(tokens)), 0, -1) if len(tokens) % size == 0)
+        yield from tokens.split(size)

@@ -1,0 +1,1 @@
+"""Image classifiers: filter pruning with dependency tracking, fine-tuning, and checkpoints that are really smaller."""

@@ -1,0 +1,227 @@
+"""Filter pruning from checkpoint to checkpoint: rank, cut, recalibrate, train, measure, write, verify."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from compressor import output as output_files
+from compressor.checkpoint.sink import WORK, write_json
+from compressor.environment import versions
+from compressor.errors import CompressorError, VerificationError
+from compressor.plan import digest
+from compressor.process import peak_rss
+from compressor.report import Progress, Row, RunReport, Silent
+from compressor.verify import verify
+from compressor.vision import saving
+from compressor.vision.clusters import Cluster, logits_of
+from compressor.vision.complexity import count_macs, count_parameters, latency
+from compressor.vision.cutting import cut_filters
+from compressor.vision.finetune import Training, train
+from compressor.vision.pixels import Pixels
+from compressor.vision.planning import CutJob, digest_parts, prepare
+from compressor.vision.recipe import make_recipe
+from compressor.vision.scores import evaluate
+
+
+@dataclass
+class CutReport(RunReport):
+    """One run of filter pruning.
+
+    Attributes:
+        measured: `before`, `pruned` and, if it was trained, `finetuned`: scores, multiply-adds for one image,
+            parameters, bytes of all tensors, and the median seconds of one image's forward pass.
+        clusters: What was cut: name, members, channels before and after.
+        training: History of the fine-tuning, best epoch.
+    """
+
+    measured: dict[str, dict[str, Any]] = field(default_factory=dict)
+    clusters: list[dict[str, Any]] = field(default_factory=list)
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+def prune(
+    model: str,
+    *,
+    method: str = "beta-rank",
+    data: str,
+    sparsity: float | None = None,
+    macs: float | None = None,
+    finetune: int = 0,
+    output: str | Path | None = None,
+    skip: tuple[str, ...] = (),
+    options: dict[str, Any] | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    force: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> CutReport:
+    """Remove filters from an image classifier and write it; the same as `compress prune` with these methods.
+
+    Args:
+        model: Checkpoint folder, or Hub id (`owner/name[@revision]`).
+        method: `beta-rank`, `l1` or `random`.
+        data: Labelled images: folder, `.npz` file, or Hub dataset.
+        sparsity: Share of the filters to remove.
+        macs: Share of the multiply-adds to keep, instead of `sparsity`.
+        finetune: Epochs of training after the cut.
+        output: Folder to write; None means `./<name>-<method>-<share>`.
+        skip: Globs of layers whose filters stay.
+        options: Options of the method.
+        seed: Seed of everything random.
+        device: `auto`, `cpu`, `cuda`, ...
+        force: Overwrite an earlier result.
+        trust_remote_code: Run model code that comes with the checkpoint, where transformers has none of its own.
+        progress: Who is told how far it is.
+
+    Raises:
+        CompressorError: See `compressor.errors`; nothing that loads is left behind.
+    """
+    recipe = make_recipe(
+        model=model,
+        method=method,
+        data=data,
+        sparsity=sparsity,
+        macs=macs,
+        finetune=finetune,
+        skip=skip,
+        options=dict(options or {}),
+        seed=seed,
+    )
+    out = Path(output) if output is not None else None
+    job = prepare(recipe, out, device=device, force=force, trust_remote_code=trust_remote_code)
+    return execute(job, force=force, progress=progress or Silent())
+
+
+def execute(job: CutJob, *, force: bool = False, progress: Progress | None = None) -> CutReport:
+    """Run a planned job.
+
+    Raises:
+        CompressorError: See `compressor.errors`; a training that was stopped continues with the next run.
+    """
+    progress = progress or Silent()
+    started = time.monotonic()
+    for event in job.events:
+        progress.event(event)
+    progress.stage("hashing the source")
+    parts = digest_parts(job)
+    name = digest(parts)
+    with output_files.claimed(job.out, parts, name, force):
+        report = _run(job, name, progress)
+        report.events = [*job.events, *report.events]
+        report.files = output_files.file_hashes(job.out)
+        report.seconds = time.monotonic() - started
+        report.peak_rss = peak_rss()
+        write_json(job.out / output_files.REPORT, report.to_json())
+    output_files.finish(job.out)
+    return report
+
+
+def measure(job: CutJob, test: Pixels) -> dict[str, Any]:
+    """Return what the model is worth and what it costs now."""
+    one = job.example[:1]
+    return {
+        **evaluate(job.model, test, job.device).to_json(),
+        "macs": count_macs(job.model, one),
+        "parameters": count_parameters(job.model),
+        "bytes": sum(t.numel() * t.element_size() for t in saving.stored_tensors(job.model, job.source).values()),
+        "latency": latency(job.model, one),
+    }
+
+
+def _run(job: CutJob, name: str, progress: Progress) -> CutReport:
+    model, recipe = job.model, job.recipe
+    report = CutReport(output=str(job.out), digest=name, recipe=recipe.model_dump(mode="json"), versions=versions())
+    before = {name: tuple(tensor.shape) for name, tensor in saving.stored_tensors(model, job.source).items()}
+    train_images, test = Pixels(job.data.train, job.preprocess), Pixels(job.data.test, job.preprocess)
+    progress.stage("measuring the original")
+    report.measured["before"] = measure(job, test)
+    progress.stage("ranking filters")
+    share = recipe.macs if job.method.options.budget == "sensitivity" else None
+    kept, job.ratios = cut_filters(job.graph, job.method, job.ratios, train_images, job.device, recipe.seed, share)
+    progress.stage("measuring what is left")
+    report.measured["pruned"] = measure(job, test)
+    if recipe.finetune:
+        report.training = _finetune(job, train_images, progress)
+        report.measured["finetuned"] = measure(job, test)
+    saving.round_to_stored(model, job.source)
+    progress.stage("writing")
+    probe = job.out / WORK / "probe.safetensors"
+    with torch.no_grad():
+        logits = logits_of(model(job.example))
+    save_file({"inputs": job.example.cpu(), "logits": logits.float().cpu()}, probe)
+    report.clusters = [_described(cluster, job.counts[cluster.name]) for cluster in job.graph.clusters]
+    write_json(job.out / output_files.RECIPE, {**report.recipe, "source_revision": job.source.revision})
+    saving.write(model, job.source, job.out, kept, job.trust_remote_code)
+    report.rows = _rows(job, before)
+    report.bytes_before = sum(row.bytes_before for row in report.rows)
+    report.bytes_after = sum(row.bytes_after for row in report.rows)
+    progress.stage("verifying in a fresh process")
+    report.verification = _verify(job, probe)
+    return report
+
+
+def _finetune(job: CutJob, images: Pixels, progress: Progress) -> dict[str, Any]:
+    options = job.method.options
+    validation = None
+    if options.validation:
+        rest, held = job.data.train.split(options.validation, job.recipe.seed)
+        images, validation = Pixels(rest, job.preprocess), Pixels(held, job.preprocess)
+    settings = Training(
+        epochs=job.recipe.finetune,
+        lr=options.lr,
+        momentum=options.momentum,
+        weight_decay=options.weight_decay,
+        batch=options.batch,
+        loss=options.loss,
+        augment=options.augment,
+        patience=options.patience,
+        seed=job.recipe.seed,
+    )
+    done = train(
+        job.model,
+        images,
+        settings,
+        job.device,
+        validation=validation,
+        folder=job.out / WORK,
+        told=progress.stage,
+    )
+    return asdict(done)
+
+
+def _rows(job: CutJob, before: dict[str, tuple[int, ...]]) -> list[Row]:
+    rows = []
+    for name, tensor in saving.stored_tensors(job.model, job.source).items():
+        size = tensor.element_size()
+        was = torch.Size(before[name]).numel() * size
+        trained = "trained" if job.recipe.finetune else "statistics computed again"
+        same = before[name] == tuple(tensor.shape)
+        reason = trained if same else f"{list(before[name])} -> {list(tensor.shape)}"
+        rows.append(Row(name, "rewritten", reason, was, tensor.numel() * size))
+    return rows
+
+
+def _described(cluster: Cluster, counts: tuple[int, int]) -> dict[str, Any]:
+    return {"name": cluster.name, "members": list(cluster.members), "before": counts[0], "after": counts[1]}
+
+
+def _verify(job: CutJob, probe: Path) -> dict[str, Any]:
+    """Reload in a fresh process; a result that cannot be trusted is made unloadable before the error goes on."""
+    try:
+        result = verify(job.out, probe, trust_remote_code=job.trust_remote_code)
+        if not result.ok:
+            differ = f"reloaded logits differ by {result.relative_error:.2e}, allowed is {result.tolerance:.0e}"
+            raise VerificationError(
+                f"{job.out}: {result.error or differ}", "this is a bug: please report it with the model's config.json"
+            )
+    except CompressorError:
+        (job.out / "config.json").replace(job.out / "config.json.failed")
+        raise
+    return result.to_json()

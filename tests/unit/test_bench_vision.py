@@ -1,0 +1,118 @@
+"""Tables of filter pruning: a tiny one from its YAML to its page, and what is refused."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from compressor.errors import CheckpointError, RecipeError
+from compressor.evals.bench.runner import Settings
+from compressor.evals.bench.table import TABLES
+from compressor.evals.bench.vision import is_vision, read_vision_table, render_vision, run_vision_table
+from compressor.testing.images import rare_digits
+from compressor.vision import experiment
+from compressor.vision.experiment import Experiment, run
+
+
+def table(folder: Path, **changes: object) -> Path:
+    data = rare_digits(folder / "digits.npz")
+    content = {
+        "kind": "vision",
+        "title": "Digits",
+        "file": data.name,
+        "sha256": hashlib.sha256(data.read_bytes()).hexdigest(),
+        "model": {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"},
+        "training": {"epochs": 1, "batch": 32},
+        "finetune": {"epochs": 1, "batch": 32},
+        "seeds": 2,
+        "sparsities": [0.5],
+        "formats": ["int8", "int4"],
+        "against": "l1",
+        "arms": [
+            {"name": "l1", "method": "l1"},
+            {"name": "ours", "method": "taylor", "options": {"budget": "sensitivity", "ranking_images": 32}},
+        ],
+        **changes,
+    }
+    path = folder / "table.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def in_process(folder: Path, step: str, command: list[str], *rest: object) -> object:
+    """Stand in for a step's process: the program itself, without starting an interpreter."""
+    from compressor.evals.bench.steps import Cost
+
+    assert command[1:3] == ["-m", "compressor.vision.experiment"]
+    assert experiment.main(command[3:]) == 0
+    return Cost(60.0, 30.0, 10**9)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("compressor.evals.bench.vision.run_step", in_process)
+    monkeypatch.setattr("compressor.vision.experiment.latency", lambda *_, **__: 1e-3)
+
+
+def test_from_yaml_to_page(tmp_path: Path) -> None:
+    path = table(tmp_path)
+    assert is_vision(path)
+    assert "0 of 2 seeds" in render_vision(path)
+    settings = Settings(data=tmp_path, work=tmp_path / "work", results=tmp_path / "results" / "table")
+    summary = run_vision_table(path, settings)
+    assert summary.done == ("seed-0", "seed-1")
+    assert run_vision_table(path, settings).kept == ("seed-0", "seed-1")
+    page = render_vision(path)
+    assert "| ours, 50% |" in page
+    assert page == render_vision(path)
+    record = json.loads(next((tmp_path / "results" / "table").glob("seed-1-*")).read_text())
+    arms = record["result"]["arms"]
+    dense = record["result"]["original"]["macs"]
+    assert [arm["arm"]["name"] for arm in arms] == ["l1", "ours"]
+    assert arms[1]["finetuned"]["macs"] <= arms[0]["finetuned"]["macs"] < 0.6 * dense
+    sizes = {name: found["bytes"] for name, found in arms[0]["finetuned"]["formats"].items()}
+    assert sizes["int4"] < sizes["int8"] < 0.5 * 4 * arms[0]["finetuned"]["parameters"]
+    assert str(tmp_path) not in json.dumps(record)
+
+
+def test_stopped_seed_continues_with_the_next_arm(tmp_path: Path) -> None:
+    spec = read_vision_table(table(tmp_path)).spec(0, str(tmp_path / "digits.npz"))
+    wanted = Experiment.model_validate(spec)
+    result = tmp_path / "result.json"
+    first = run(wanted.model_copy(update={"arms": wanted.arms[:1]}), result, told=lambda text: None)
+    lines: list[str] = []
+    both = run(wanted, result, told=lines.append)
+    assert both["arms"][0] == first["arms"][0]
+    assert run(wanted, result, told=lines.append) == both
+    assert [line.partition(" ")[0] for line in lines] == ["ours"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"against": "nothing"}, "against is 'nothing'"),
+        ({"arms": [{"name": "l1", "method": "l1"}] * 2}, "arms are l1, l1"),
+        ({"seeds": 1}, "seeds"),
+        ({"colour": "red"}, "colour"),
+    ],
+)
+def test_bad_tables_are_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        read_vision_table(table(tmp_path, **changes))
+
+
+def test_other_images_are_refused(tmp_path: Path) -> None:
+    path = table(tmp_path, sha256="0" * 64)
+    with pytest.raises(CheckpointError, match="SHA-256"):
+        run_vision_table(path, Settings(data=tmp_path, work=tmp_path / "w", results=tmp_path / "r"))
+
+
+def test_the_projects_own_tables_are_sound() -> None:
+    own = [path for path in sorted(TABLES.glob("*.yaml")) if is_vision(path)]
+    assert own
+    for path in own:
+        found = read_vision_table(path)
+        assert found.seeds >= 5
+        assert {"random", "l1"} <= {arm.name for arm in found.arms}
