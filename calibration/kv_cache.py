@@ -7,6 +7,7 @@ The scales are compressed-tensors' `k_scale` and `v_scale`, one per layer, multi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,13 +21,21 @@ SCALES = ("k_scale", "v_scale")
 
 
 class KVRange:
-    """Largest key and value magnitude of one attention module, over everything that passes."""
+    """Largest key and value magnitude of one attention module, over everything that passes.
 
-    def __init__(self, module: nn.Module) -> None:
+    Args:
+        module: The attention module.
+        skip: Says of what passes now that it does not count.
+    """
+
+    def __init__(self, module: nn.Module, skip: Callable[[], bool] = lambda: False) -> None:
         self.max_abs: list[Tensor] = []
+        self._skip = skip
         self._handle = intercept(module, self._see)
 
     def _see(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        if self._skip():
+            return key, value
         seen = [key.detach().abs().amax().float(), value.detach().abs().amax().float()]
         self.max_abs = [torch.maximum(a, b) for a, b in zip(self.max_abs or seen, seen, strict=True)]
         return key, value

@@ -286,7 +286,10 @@ class Engine:
         self.skeleton.load(tensors)
         streams: dict[str, Boundary] = {}
         capture = self._capture(layers, self.specs)
-        ranges = {name: kv_cache.KVRange(self.skeleton.model.get_submodule(name)) for name in self.plan.cached(index)}
+        ranges = {
+            name: kv_cache.KVRange(self.skeleton.model.get_submodule(name), lambda: self.streams.on_reserve)
+            for name in self.plan.cached(index)
+        }
         behind = self.method.stream in (Stream.COMPRESSED, Stream.BOTH)  # statistics are those of the compressed prefix
         if FP in self.streams.stores:
             streams[FP] = self.streams.advance(index, FP, before.streams, None if behind else capture)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -52,6 +52,7 @@ class Streams:
         assert tokens is not None or not names, "streams carry calibration tokens"
         self.blocks, self.device, self.products = blocks, device, products
         self.n_samples = 0 if tokens is None else tokens.shape[0]
+        self.on_reserve = False
         self.tokens = tokens if tokens is None or reserve is None else torch.cat([tokens, reserve])
         self.stores = {name: HiddenStore(folder, name, device) for name in names}
         self.recording: Recording | None = None
@@ -93,7 +94,7 @@ class Streams:
         for sample in range(self.n_samples, self._in_all):
             if not capture.coverage.lacking():
                 break
-            with capture.attached(), torch.no_grad(), self.products:
+            with capture.attached(), torch.no_grad(), self.products, self._reserve(True):
                 self.run(index, self.stores[COMPRESSED].read(before[COMPRESSED], sample))
         self._top_up(index, COMPRESSED, before, capture)
 
@@ -115,6 +116,15 @@ class Streams:
         assert self.tokens is not None
         return {self.blocks.model.main_input_name: self.tokens[sample : sample + 1].to(self.device)}
 
+    @contextmanager
+    def _reserve(self, used: bool) -> Iterator[None]:
+        """Say in `on_reserve` whether what runs now belongs to the reserve."""
+        self.on_reserve = used
+        try:
+            yield
+        finally:
+            self.on_reserve = False
+
     @property
     def _in_all(self) -> int:
         """Samples, those of the reserve included."""
@@ -129,7 +139,7 @@ class Streams:
             for sample in range(until):
                 if capture:
                     capture.coverage.from_reserve = sample >= count
-                with self.products:
+                with self.products, self._reserve(sample >= count):
                     leaving = self.run(index, store.read(boundary, sample))
                 yield leaving
                 if sample >= count:

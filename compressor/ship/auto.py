@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -171,6 +171,7 @@ def find(
     weights = sum(layer.ref.numel for layer in layers.values())
     dense = sum(layer.bytes_after for layer in job.plan.layers if not layer.format)
     budget = int((amount + SLACK) * weights / 8) if is_bits else int(amount - dense)
+    _fits(job, layers.values(), reader, budget)
     groups = measure(job, layers, reader, progress)
     allocation = allocate(mixable(groups), budget)
     alternatives = {
@@ -183,6 +184,26 @@ def find(
     context = min(limit or 1024, 1024)
     reasons = (*family, *_moved(groups, allocation), why)
     return Found(recipe, allocation, groups, alternatives, budget, weights, dense, context, reasons)
+
+
+def _fits(job: Job, layers: Iterable[LayerPlan], reader: str, budget: int) -> None:
+    """Refuse, before anything is measured, a budget that the smallest formats exceed.
+
+    Raises:
+        RecipeError: They do.
+    """
+    formats = [build_format(name, DTYPES[job.source.dtype]) for name in READERS[reader]]
+    smallest = 0
+    for layer in layers:
+        shape = layer.ref.matrix
+        assert shape is not None, "what is compressed is a matrix"
+        sizes = [sum(slot.nbytes for slot in fmt.layout(shape).values()) for fmt in formats if not fmt.refuse(shape)]
+        smallest += min(sizes, default=0)
+    if smallest > budget:
+        raise RecipeError(
+            f"the smallest formats take {smallest:,} bytes of compressed weights, the budget leaves {budget:,}",
+            "allow a larger size",
+        )
 
 
 def measure(job: Job, layers: Mapping[str, LayerPlan], reader: str, progress: Progress) -> tuple[Group, ...]:

@@ -21,7 +21,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, Repository
 
 from compressor.checkpoint.hub import CLIENTS, quiet_client
 from compressor.checkpoint.source import INDEX
-from compressor.errors import CompressorError, HubError, RecipeError, VerificationError
+from compressor.errors import CheckpointError, CompressorError, HubError, RecipeError, VerificationError
 from compressor.files import sha256_file
 from compressor.offline import forbidden_by
 from compressor.output import REPORT
@@ -76,11 +76,14 @@ def push(
         progress: Who is told how far it is.
 
     Raises:
+        CheckpointError: There is no such folder.
         RecipeError: Not an id the Hub can have, or the repository is public or holds another model.
         VerificationError: The folder should not be published; the message says why.
         HubError: No token, not allowed, not reachable, or somebody else writes to the repository at the same time.
     """
     progress = progress or Silent()
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such directory", "give the folder of a result")
     check_target(repo)
     if reasons := reasons_against(folder):
         said = "; ".join(reasons)

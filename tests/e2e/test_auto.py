@@ -110,6 +110,12 @@ def test_the_budget_holds_and_is_used(shared: Path, bits: float) -> None:
     assert down[0].nbytes > down[1].nbytes or bits != 4.25  # the loud one gets more
 
 
+def test_what_cannot_fit_is_refused_before_anything_is_measured(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("compressor.ship.auto.measure", lambda *_: pytest.fail("measured"))
+    with pytest.raises(RecipeError, match=r"smallest formats take [\d,]+ bytes .*, the budget leaves"):
+        find(str(shared / "tiny"), "1bpw", reader="transformers", calibration=spec(shared))
+
+
 def test_gigabytes_count_everything(shared: Path) -> None:
     found = find(str(shared / "tiny"), "230kB", reader="vllm", method="rtn", calibration=spec(shared))
     assert found.allocation.nbytes + found.dense <= 230_000

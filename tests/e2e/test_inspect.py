@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 import compressor
@@ -129,11 +130,12 @@ def test_numbers_of_layers_are_those_of_the_weights(runs: Path, tmp_path: Path) 
         ]
 
 
-def test_the_terminal_compares_two(runs: Path) -> None:
+def test_the_terminal_compares_two(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done = CliRunner().invoke(app, ["inspect", str(runs / "a"), "--against", str(runs / "b"), "--json"])
     data = json.loads(done.output)
     assert len(data["layers"]) == len(data["against"]["layers"]) == 14
-    done = CliRunner().invoke(app, ["inspect", str(runs / "a"), "--against", str(runs / "b")], env={"COLUMNS": "180"})
+    monkeypatch.setattr("compressor.cli.inspect.STDOUT", Console(width=180))
+    done = CliRunner().invoke(app, ["inspect", str(runs / "a"), "--against", str(runs / "b")])
     assert done.exit_code == 0, done.output
     assert "its output error" in done.output
 

@@ -186,6 +186,12 @@ def test_offline(compress: Client, out: Path) -> None:
     assert "COMPRESSOR_OFFLINE is set" in err
 
 
+def test_a_folder_that_is_not_there_is_said_before_anything_else(compress: Client, tmp_path: Path) -> None:
+    code, _, err = compress("push", tmp_path / "nowhere", "me/x", token=None)
+    assert code == 4
+    assert "nowhere: no such directory" in err
+
+
 @pytest.mark.parametrize(
     "faults",
     [{"cut_files": 1}, {"cut_before_commit": 1}, {"cut_after_commit": 1}, {"busy": 2}, {"cut_files": 1, "busy": 1}],
