@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,17 +24,19 @@ class MeanAbs:
         return 2 * in_features
 
 
-class MeanAbsSum(Unshifted):
-    """Accumulates `sum |x|` in float64.
+class _ChannelSum(Unshifted):
+    """Sums one number per token and channel.
 
     Attributes:
         n_tokens: Rows seen so far.
         max_abs: Largest input magnitude seen; NaN once a NaN was seen.
     """
 
+    dtype: ClassVar[torch.dtype]
+
     def __init__(self, in_features: int, device: torch.device) -> None:
-        self._total = torch.zeros(in_features, dtype=torch.float64, device=device)
-        self._lane = torch.zeros(in_features, dtype=torch.float64, device=device)
+        self._total = torch.zeros(in_features, dtype=self.dtype, device=device)
+        self._lane = torch.zeros(in_features, dtype=self.dtype, device=device)
         self._largest = torch.zeros((), dtype=torch.float32, device=device)
         self.n_tokens = 0
 
@@ -49,12 +52,22 @@ class MeanAbsSum(Unshifted):
         magnitudes = x.float().abs()
         self.n_tokens += x.shape[0]
         self._largest = torch.maximum(self._largest, magnitudes.max())
-        self._lane += magnitudes.sum(0, dtype=torch.float64)
+        self._lane += self._summand(magnitudes).sum(0, dtype=self.dtype)
 
     def close_lane(self) -> None:
         """Add the open lane to the total."""
         self._total += self._lane
         self._lane.zero_()
+
+    def _summand(self, magnitudes: Tensor) -> Tensor:
+        """Return what is summed, given `|x|` `[tokens, in]`."""
+        raise NotImplementedError
+
+
+class MeanAbsSum(_ChannelSum):
+    """Accumulates `sum |x|` in float64."""
+
+    dtype = torch.float64
 
     def value(self) -> Tensor:
         """Return the mean of `|x|`, float32 `[in]`; zeros if there were no tokens."""
@@ -63,6 +76,39 @@ class MeanAbsSum(Unshifted):
     def divide(self, c: Tensor) -> None:
         """Turn the mean of `|x|` into that of `|x / c|`; `max_abs` stays that of the inputs seen."""
         self._total /= c
+
+    def _summand(self, magnitudes: Tensor) -> Tensor:
+        return magnitudes
+
+
+@dataclass(frozen=True)
+class SquareSum:
+    """Asks for `sum x^2` over tokens, per channel: the squared norm of every channel."""
+
+    def start(self, in_features: int, device: torch.device) -> SquareSumOf:
+        """Return an empty accumulator for inputs of width `in_features`."""
+        return SquareSumOf(in_features, device)
+
+    def size(self, in_features: int) -> int:
+        """Return the numbers in one sum."""
+        return in_features
+
+
+class SquareSumOf(_ChannelSum):
+    """Accumulates `sum x^2` in float32, whatever the dtype of `x`."""
+
+    dtype = torch.float32
+
+    def value(self) -> Tensor:
+        """Return `sum x^2`, float32 `[in]`."""
+        return self._total
+
+    def divide(self, c: Tensor) -> None:
+        """Turn `sum x^2` into that of `x / c`."""
+        self._total /= c.square()
+
+    def _summand(self, magnitudes: Tensor) -> Tensor:
+        return magnitudes.square()
 
 
 @dataclass(frozen=True)

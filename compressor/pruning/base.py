@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -15,7 +15,7 @@ from compressor.formats.base import QuantFormat
 from compressor.formats.pruned import PRUNED
 from compressor.methods.base import MethodOptions, Scope, Stream
 from compressor.plan import Plan, WeightRef
-from compressor.pruning.masks import Pattern
+from compressor.pruning.masks import Pattern, keep_per_row, keep_per_tensor
 
 
 class PruneOptions(MethodOptions):
@@ -54,6 +54,14 @@ class PruneOptions(MethodOptions):
         return self.groups.sparsity if self.groups else self.sparsity
 
 
+class ScoreOptions(PruneOptions):
+    """Options of methods that give every weight a score."""
+
+    per: Literal["tensor", "row"] = Field(
+        "row", description="among which weights the lowest scores are sought; a pattern has its own groups"
+    )
+
+
 class PruningMethod:
     """Base of methods that prune layers of a language model.
 
@@ -84,6 +92,23 @@ class PruningMethod:
                 "--method sparsegpt"
             )
         return refuse_shape(ref, self.options)
+
+
+class ScorePruningMethod(PruningMethod):
+    """Base of methods that prune the weights with the lowest scores.
+
+    Args:
+        options: The method's options.
+    """
+
+    options: ScoreOptions
+
+    def keep(self, scores: Tensor) -> Tensor:
+        """Return the mask that scores `[out, in]` lead to."""
+        if self.options.groups:
+            return self.options.groups.choose(scores)
+        choose = keep_per_row if self.options.per == "row" else keep_per_tensor
+        return choose(scores, self.options.sparsity)
 
 
 def refuse_shape(ref: WeightRef, options: PruneOptions) -> str | None:

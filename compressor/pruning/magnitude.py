@@ -6,16 +6,14 @@ from typing import Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from compressor.decision import Outcome
 from compressor.formats.base import QuantFormat
 from compressor.methods.base import Layer, Stream
-from compressor.pruning.base import PruneOptions, PruningMethod, masked
-from compressor.pruning.masks import keep_per_row, keep_per_tensor
+from compressor.pruning.base import ScoreOptions, ScorePruningMethod, masked
 
 
-class MagnitudeOptions(PruneOptions):
+class MagnitudeOptions(ScoreOptions):
     """How much, and among which weights the smallest are sought."""
 
     per: Literal["tensor", "row"] = Field(
@@ -23,7 +21,7 @@ class MagnitudeOptions(PruneOptions):
     )
 
 
-class Magnitude(PruningMethod):
+class Magnitude(ScorePruningMethod):
     """Prunes by `|w|`."""
 
     name = "magnitude"
@@ -33,18 +31,10 @@ class Magnitude(PruningMethod):
 
     def __init__(self, options: MagnitudeOptions | None = None) -> None:
         super().__init__(options or MagnitudeOptions())
-        self.options: MagnitudeOptions
 
     def stats(self, fmt: QuantFormat) -> tuple[()]:
         """Return nothing: no data is looked at."""
         return ()
-
-    def keep(self, scores: Tensor) -> Tensor:
-        """Return the mask that scores `[out, in]` lead to."""
-        if self.options.groups:
-            return self.options.groups.choose(scores)
-        choose = keep_per_row if self.options.per == "row" else keep_per_tensor
-        return choose(scores, self.options.sparsity)
 
     def solve(self, layer: Layer, fmt: QuantFormat, generator: torch.Generator) -> Outcome:
         """Prune one layer."""

@@ -16,7 +16,7 @@ from compressor.pruning.base import PruneOptions, masked
 from compressor.pruning.candidates import Choice, TensorState
 from compressor.pruning.magnitude import Magnitude, MagnitudeOptions
 from compressor.pruning.masks import keep_per_tensor
-from compressor.pruning.wanda import Wanda, WandaOptions
+from compressor.pruning.wanda import Wanda
 
 STARTS = ("wanda", "magnitude", "random")
 
@@ -43,7 +43,7 @@ class Start:
         given = options.model_dump(include={"sparsity", "pattern"} & options.model_fields_set)
         self._method: Wanda | Magnitude | None = None
         if name == "wanda":
-            self._method = Wanda(WandaOptions(**given))
+            self._method = Wanda(Wanda.Options(**given))
         elif name == "magnitude":
             self._method = Magnitude(MagnitudeOptions(**given))
         self.options, self.choice = options, choice

@@ -6,40 +6,26 @@ block come from the pruned blocks before it, and scores are compared within each
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from compressor.calibration.norms import SquareSum
+from compressor.calibration.channels import SquareSum
 from compressor.decision import Outcome
-from compressor.errors import NumericalError
 from compressor.formats.base import QuantFormat
 from compressor.methods.base import Layer, Stream
-from compressor.pruning.base import PruneOptions, PruningMethod, masked
-from compressor.pruning.masks import keep_per_row, keep_per_tensor
+from compressor.pruning.base import ScoreOptions, ScorePruningMethod, masked
 
 
-class WandaOptions(PruneOptions):
-    """How much, and among which weights the lowest scores are sought."""
-
-    per: Literal["row", "tensor"] = Field(
-        "row", description="among which weights the lowest scores are sought; a pattern has its own groups"
-    )
-
-
-class Wanda(PruningMethod):
+class Wanda(ScorePruningMethod):
     """Prunes by `|w_ij| ||x_j||`."""
 
     name = "wanda"
     summary = "Wanda: weight times the norm of its input, compared per output"
     stream = Stream.COMPRESSED
-    Options = WandaOptions
+    Options = ScoreOptions
 
-    def __init__(self, options: WandaOptions | None = None) -> None:
-        super().__init__(options or WandaOptions())
-        self.options: WandaOptions
+    def __init__(self, options: ScoreOptions | None = None) -> None:
+        super().__init__(options or ScoreOptions())
 
     def stats(self, fmt: QuantFormat) -> tuple[SquareSum, ...]:
         """Return the sum of squares of every input."""
@@ -51,23 +37,9 @@ class Wanda(PruningMethod):
         Raises:
             NumericalError: The inputs are not finite.
         """
-        total = layer.stats[SquareSum()]
-        if total.n_tokens == 0:
+        if layer.stats[SquareSum()].n_tokens == 0:
             return layer.weight.abs()
-        squares = total.value()
-        if not torch.isfinite(squares).all():
-            raise NumericalError(
-                f"{layer.ref.name}: its calibration inputs are not finite (largest magnitude {total.max_abs:.3g})",
-                "use other calibration data, or leave the layer out with --skip",
-            )
-        return layer.weight.abs() * squares.sqrt()
-
-    def keep(self, scores: Tensor) -> Tensor:
-        """Return the mask that scores `[out, in]` lead to."""
-        if self.options.groups:
-            return self.options.groups.choose(scores)
-        choose = keep_per_row if self.options.per == "row" else keep_per_tensor
-        return choose(scores, self.options.sparsity)
+        return layer.weight.abs() * layer.magnitude(SquareSum()).sqrt()
 
     def solve(self, layer: Layer, fmt: QuantFormat, generator: torch.Generator) -> Outcome:
         """Prune one layer."""

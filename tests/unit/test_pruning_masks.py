@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from compressor.calibration.norms import SquareSum
+from compressor.calibration.channels import SquareSum
 from compressor.decision import Masked
 from compressor.errors import NumericalError, RecipeError
 from compressor.formats import get_format
