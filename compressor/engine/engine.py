@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from compressor.calibration.stats import Statistic
 from compressor.calibration.store import Boundary, HiddenStore
 from compressor.checkpoint.attention import as_products
 from compressor.checkpoint.blocks import BlockSequence, Recording, example_inputs
+from compressor.checkpoint.read_ahead import ReadAhead
 from compressor.checkpoint.sink import WORK, Journal, Sink
 from compressor.checkpoint.skeleton import Skeleton
 from compressor.checkpoint.source import DTYPES, Source
@@ -35,7 +37,7 @@ from compressor.formats.activations import get_input_format
 from compressor.formats.base import QuantFormat, Slot
 from compressor.formats.pruned import PRUNED
 from compressor.inputs import stored_slots
-from compressor.methods.base import Block, Layer, Method, RouterMethod, Stream, SurveyMethod
+from compressor.methods.base import Block, Layer, Method, RouterMethod, Scope, Stream, SurveyMethod
 from compressor.methods.learning import LearningOptions
 from compressor.methods.rounding import InputMethod
 from compressor.methods.scaling import FoldingMethod
@@ -81,6 +83,7 @@ class Engine:
         self.min_expert_tokens = min_expert_tokens
         self.plan, self.source, self.skeleton, self.blocks = plan, source, skeleton, blocks
         self.method, self.progress = method, progress
+        self.read_ahead = ReadAhead(source)
         dtype = DTYPES[plan.default_dtype]
         self._formats = {key: get_format(key[0], key[1], dtype) for key in plan.formats}
         self._refs = {layer.ref.name: layer.ref for layer in plan.layers}
@@ -188,7 +191,8 @@ class Engine:
             capture = self._capture(layers, specs)
             if capture:
                 streams.observe(index, entering, capture)
-            solver.solve(layers, capture, tensors, self._block_of(index, {}, {}))
+            rounding = InputRounding(self.skeleton, (), DTYPES[self.plan.default_dtype])
+            solver.solve(layers, capture, tensors, self._block_of(index, {}, {}, rounding))
             entering = {name: streams.advance(index, name, entering, None) for name in streams.stores}
             streams.drop_all_but(entering)
             self.skeleton.free({layer.ref.param for layer in layers})
@@ -235,8 +239,13 @@ class Engine:
 
     def _finished(self) -> list[Unit]:
         """Read the journal and check that what it says is still true; otherwise start again, and say so."""
-        units = [Unit.from_json(entry) for entry in self.journal.read()]
         names = [*self.plan.blocks, "outside the blocks"]
+        try:
+            units = [Unit.from_json(entry) for entry in self.journal.read()]
+        except ValueError:
+            return self._restart("the journal of finished units is damaged")
+        if len(units) > len(names):
+            return self._restart("the journal has more units than the plan")
         for index, unit in enumerate(units):
             block = index if index < len(self.plan.blocks) else OUTSIDE
             if unit.name != names[index] or self.sink.unit_hash(self._unit_tensors(block)) != unit.sha256:
@@ -284,6 +293,8 @@ class Engine:
         layers = self.plan.in_block(index)
         tensors = self.source.read(layer.ref.name for layer in layers)
         self.skeleton.load(tensors)
+        if index + 1 < len(self.plan.blocks):
+            self.read_ahead.hint(layer.ref.name for layer in self.plan.in_block(index + 1))
         streams: dict[str, Boundary] = {}
         capture = self._capture(layers, self.specs)
         ranges = {
@@ -298,12 +309,17 @@ class Engine:
         # Fixed here: whatever runs through the block from now on is no calibration data.
         scales = {name: seen.scales(name, DTYPES[self.plan.default_dtype]) for name, seen in ranges.items()}
         folded = self._fold(index, before, recording, capture, tensors)
-        block_of = self._block_of(index, before.streams, streams)
+        rounding = InputRounding(self.skeleton, layers, DTYPES[self.plan.default_dtype])
+        # What is learned is learned with the scales that will be stored; others follow from the decided weights.
+        learned = self.method.scope is Scope.BLOCK
+        reaches = self._reaches(index, before, rounding) if learned else None
+        block_of = self._block_of(index, before.streams, streams, rounding, reaches)
         solved = self.solver.solve(layers, capture, {**tensors, **folded.rewrites}, block_of)
         rewrites = {**folded.rewrites, **self._round_routers(layers, capture, solved)}
         for name in scales:
             solved.packed.update(self._quantize_cache(name, scales[name]))
-        rounding = self._round_inputs(index, before, solved)
+        reaches = reaches if learned else self._reaches(index, before, rounding)
+        solved.packed.update(rounding.attach(solved.inputs, reaches))
         if COMPRESSED in self.streams.stores:
             streams[COMPRESSED] = self.streams.advance(index, COMPRESSED, before.streams, None)
         solved.rows, saturated = rounding.report(solved.rows)
@@ -330,14 +346,12 @@ class Engine:
             row if ref.where.expert is None else replace(row, routed=coverage.routed.get((ref.owner, ref.where.expert)))
         )
 
-    def _round_inputs(self, index: int, before: Unit, solved: Solved) -> InputRounding:
-        """Let the block's layers round their inputs from now on; what they store joins what is to be written."""
-        rounding = InputRounding(self.skeleton, self.plan.in_block(index), DTYPES[self.plan.default_dtype])
+    def _reaches(self, index: int, before: Unit, rounding: InputRounding) -> Capture | None:
+        """Return how far the inputs of the block as it now is reach, if static scales must cover them."""
         ranges = rounding.ranges(self.min_expert_tokens)
         if ranges:
             self.streams.observe(index, before.streams, ranges)
-        solved.packed.update(rounding.attach(solved.inputs, ranges))
-        return rounding
+        return ranges
 
     def _probe(self, index: int, before: Unit, recording: Recording) -> Tensor:
         """Run the probe through the compressed block.
@@ -427,7 +441,14 @@ class Engine:
             rewrites |= outcome.rewrites
         return rewrites
 
-    def _block_of(self, index: int, entering: Mapping[str, Boundary], leaving: Mapping[str, Boundary]) -> BlockOf:
+    def _block_of(
+        self,
+        index: int,
+        entering: Mapping[str, Boundary],
+        leaving: Mapping[str, Boundary],
+        rounding: InputRounding,
+        ranges: Capture | None = None,
+    ) -> BlockOf:
         """Return a function that shows a method its layers as one block, with what enters and what should leave it."""
 
         def forward(hidden: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
@@ -447,6 +468,7 @@ class Engine:
                 device=self.device,
                 progress=self.progress.stage,
                 pieces=self.pieces,
+                rounding=partial(rounding.learning, ranges),
             )
 
         return build

@@ -197,7 +197,7 @@ class Bench:
         for key, value in row.options.items():
             arguments += ["--option", f"{key}={value if isinstance(value, str) else json.dumps(value)}"]
         arguments += ["--data", str(self.inputs.calibration)]
-        arguments += ["--n-samples", str(calibration.samples), "--seq-len", str(calibration.seq_len)]
+        arguments += ["--n-samples", str(row.samples or calibration.samples), "--seq-len", str(calibration.seq_len)]
         arguments += ["--seed", str(self.table.seed_of(row)), "--device", self.around.device]
         return [*arguments, "--output", CHECKPOINT, "--force", "--quiet"]
 

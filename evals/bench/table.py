@@ -70,6 +70,7 @@ class Row(_Strict):
         group_size: Inputs per scale, `channel`, or what else `--group-size` takes; None is the format's default.
         inputs: Format the inputs of layers are rounded to, or None.
         options: Options of our method.
+        samples: Calibration samples instead of the table's, for methods that read more when they learn longer.
         seed: Seed instead of the table's; rows that differ in it alone make one line of the page.
         tool: The other tool, or None.
         prune: What is pruned first; without a method of ours that is all.
@@ -83,6 +84,7 @@ class Row(_Strict):
     group_size: str | None = None
     inputs: str | None = None
     options: dict[str, Any] = Field(default_factory=dict)
+    samples: int | None = Field(None, ge=1)
     seed: int | None = Field(None, ge=0)
     prune: Prune | None = None
     tool: Literal["llmcompressor", "autoround"] | None = None
@@ -92,7 +94,7 @@ class Row(_Strict):
     @model_validator(mode="after")
     def _complete(self) -> Row:
         wanted = {
-            None: {"method", "format", "group_size", "inputs", "options", "seed", "prune"},
+            None: {"method", "format", "group_size", "inputs", "options", "samples", "seed", "prune"},
             "llmcompressor": {"tool", "algorithm", "format", "group_size", "seed"},
             "autoround": {"tool", "iters", "format", "group_size", "seed"},
         }[self.tool]
@@ -103,7 +105,7 @@ class Row(_Strict):
             return self
         if given - wanted:
             raise ValueError(f"{', '.join(sorted(given - wanted))} means nothing for {self.tool or 'a row of ours'}")
-        missing = wanted - given - {"group_size", "inputs", "options", "seed", "prune"}
+        missing = wanted - given - {"group_size", "inputs", "options", "samples", "seed", "prune"}
         if self.prune is not None and not given & {"method", "format", "group_size", "inputs", "options"}:
             missing = set()  # pruned and not rounded
         if missing:

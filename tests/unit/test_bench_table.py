@@ -75,6 +75,7 @@ def test_the_digest_covers_what_the_result_depends_on_and_nothing_else(tmp_path:
         digests({**row, "group_size": 32}),
         digests({**row, "inputs": "int8-token"}),
         digests({**row, "options": {"a": 1}}),
+        digests({**row, "samples": 5}),
         digests(row, seed=1),
         digests(row, calibration={**TEXT, "samples": 5, "seq_len": 32}),
         digests(row, calibration={**text, "samples": 4, "seq_len": 32}),
@@ -100,6 +101,10 @@ def test_the_digest_covers_what_the_result_depends_on_and_nothing_else(tmp_path:
         (described({"method": "rtn", "format": "int99"}), "row 'int99 rtn': unknown format 'int99'"),
         (described({"method": "rtn"}), "row 'rtn': format is missing"),
         (described({"method": "rtn", "format": "int4", "iters": 3}), "iters means nothing for a row of ours"),
+        (
+            described({"tool": "autoround", "format": "int4", "group_size": 32, "iters": 3, "samples": 5}),
+            "samples means nothing for autoround",
+        ),
         (described({"tool": "magic", "format": "int4"}), "row 'int4 magic': tool: Input should be"),
         (described({"tool": "autoround", "format": "nvfp4", "iters": 3}), "autoround rows are integers"),
         (described({"tool": "llmcompressor", "algorithm": "rtn", "format": "int4"}), "group_size is None"),
