@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from compressor.calibration.coverage import Coverage, ForcedRouting, Router
-from compressor.calibration.stats import Accumulator, Statistic
+from compressor.calibration.exchange import count_rows, join_lanes
+from compressor.calibration.stats import Accumulator, Laned, Statistic
 from compressor.errors import UnsupportedError
+from compressor.ranks import ALONE, Ranks
 
 Statistics = dict[Statistic, Accumulator]
 
@@ -31,6 +33,8 @@ class Capture:
         device: Where sums live.
         coverage: Counts the tokens of experts, and says how many each is to have.
         routers: Expert stack -> its router; needed where tokens may have to be sent to experts against it.
+        ranks: The processes that share the samples.
+        keepers: fed_by id -> the process that keeps its totals; ids that are not in it are kept by all.
     """
 
     def __init__(
@@ -41,8 +45,11 @@ class Capture:
         device: torch.device,
         coverage: Coverage | None = None,
         routers: Mapping[str, Router] | None = None,
+        ranks: Ranks = ALONE,
+        keepers: Mapping[str, int] | None = None,
     ) -> None:
         self._modules = modules
+        self._ranks, self._keepers = ranks, keepers or {}
         self._routers = routers or {}
         self.coverage = coverage or Coverage()
         self.sums: dict[str, Statistics] = {
@@ -67,11 +74,38 @@ class Capture:
             for handle in handles:
                 handle.remove()
 
+    @property
+    def divisible(self) -> bool:
+        """Whether each process may look at samples of its own; else every process must look at all of them."""
+        return all(isinstance(total, Laned) for statistics in self.sums.values() for total in statistics.values())
+
     def close_lane(self) -> None:
-        """Close the open lane of every accumulator."""
-        for statistics in self.sums.values():
+        """Close the open lane of every accumulator; every process has filled it with the same samples."""
+        for fed_by, statistics in self.sums.items():
+            kept = self._keepers.get(fed_by, self._ranks.rank) == self._ranks.rank
             for total in statistics.values():
-                total.close_lane()
+                if kept or not isinstance(total, Laned):
+                    total.close_lane()
+                else:
+                    total.empty_lane()
+
+    def join_lanes(self, holders: int) -> None:
+        """Close lanes that the first `holders` processes have filled with samples of their own."""
+        if self._ranks.size == 1:
+            self.close_lane()
+            return
+        for fed_by, statistics in self.sums.items():
+            for total in statistics.values():
+                assert isinstance(total, Laned), total
+                join_lanes(total, self._ranks, holders, self._keepers.get(fed_by))
+
+    def count_rows(self) -> None:
+        """Let every process know what all have seen, once they have gone through their samples."""
+        if self._ranks.size == 1:
+            return
+        totals = [total for statistics in self.sums.values() for total in statistics.values()]
+        count_rows([total for total in totals if isinstance(total, Laned)], self._ranks)
+        self.coverage.join(self._ranks.gather(self.coverage))
 
     def forced(self) -> ForcedRouting | None:
         """Return what finds tokens for experts that lack some still, or None if none does or no router is known."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from compressor.calibration.stats import Unshifted
+from compressor.calibration.stats import Laned, Part, Unshifted, largest
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class MeanAbs:
         return 2 * in_features
 
 
-class _ChannelSum(Unshifted):
+class _ChannelSum(Laned, Unshifted):
     """Sums one number per token and channel.
 
     Attributes:
@@ -54,10 +55,22 @@ class _ChannelSum(Unshifted):
         self._largest = torch.maximum(self._largest, magnitudes.max())
         self._lane += self._summand(magnitudes).sum(0, dtype=self.dtype)
 
-    def close_lane(self) -> None:
-        """Add the open lane to the total."""
-        self._total += self._lane
+    def parts(self, keep: bool) -> tuple[Part, ...]:
+        """Return the sums of the open lane."""
+        return (Part(self._lane, self._total if keep else None, Tensor.add_),)
+
+    def empty_lane(self) -> None:
+        """Open the next lane."""
         self._lane.zero_()
+
+    def tally(self) -> tuple[float, ...]:
+        """Return the rows and the largest magnitude."""
+        return float(self.n_tokens), self.max_abs
+
+    def count(self, tallies: Sequence[tuple[float, ...]]) -> None:
+        """Replace this process's tally by that of all."""
+        self.n_tokens = int(sum(tally[0] for tally in tallies))
+        self._largest.fill_(largest(tally[1] for tally in tallies))
 
     def _summand(self, magnitudes: Tensor) -> Tensor:
         """Return what is summed, given `|x|` `[tokens, in]`."""
@@ -124,7 +137,7 @@ class MaxAbs:
         return in_features
 
 
-class MaxAbsOf(Unshifted):
+class MaxAbsOf(Laned, Unshifted):
     """Keeps the largest `|x|` of every channel; a maximum needs no lanes.
 
     Attributes:
@@ -149,6 +162,21 @@ class MaxAbsOf(Unshifted):
 
     def close_lane(self) -> None:
         """Do nothing: the order of samples does not matter."""
+
+    def parts(self, keep: bool) -> tuple[Part, ...]:
+        """Return the maxima: lanes and total are one, as a value may join any number of times."""
+        return (Part(self._largest, self._largest if keep else None, _raise),)
+
+    def empty_lane(self) -> None:
+        """Do nothing."""
+
+    def tally(self) -> tuple[float, ...]:
+        """Return the rows."""
+        return (float(self.n_tokens),)
+
+    def count(self, tallies: Sequence[tuple[float, ...]]) -> None:
+        """Replace this process's tally by that of all."""
+        self.n_tokens = int(sum(tally[0] for tally in tallies))
 
     def value(self) -> Tensor:
         """Return the largest `|x|`, float32 `[in]`."""
@@ -178,7 +206,7 @@ class ChannelRange:
         return 3 * in_features
 
 
-class ChannelRangeOf:
+class ChannelRangeOf(Laned):
     """Keeps the smallest and the largest value of every channel, and sums the middle of each sample's range.
 
     Every call of `update` is one sample. The sum is in float64; its rounding does not depend on the order that matters
@@ -215,10 +243,26 @@ class ChannelRangeOf:
         self._n_samples += 1
         self.n_tokens += x.shape[0]
 
-    def close_lane(self) -> None:
-        """Add the open lane to the total."""
-        self._middles += self._lane
+    def parts(self, keep: bool) -> tuple[Part, ...]:
+        """Return the sum of the open lane, and the ends, which are those of the total too."""
+        low, high = (self._low, self._high) if keep else (None, None)
+        return (
+            Part(self._lane, self._middles if keep else None, Tensor.add_),
+            Part(self._low, low, _lower),
+            Part(self._high, high, _raise),
+        )
+
+    def empty_lane(self) -> None:
+        """Open the next lane."""
         self._lane.zero_()
+
+    def tally(self) -> tuple[float, ...]:
+        """Return the rows and the samples."""
+        return float(self.n_tokens), float(self._n_samples)
+
+    def count(self, tallies: Sequence[tuple[float, ...]]) -> None:
+        """Replace this process's tally by that of all."""
+        self.n_tokens, self._n_samples = (int(sum(column)) for column in zip(*tallies, strict=True))
 
     def value(self) -> Tensor:
         """Return the mean middle, the smallest and the largest value, float32 `[3, in]`; zeros without tokens."""
@@ -234,3 +278,13 @@ class ChannelRangeOf:
         """Turn the ranges of `x` into those of `x - z`."""
         self._middles = self._middles - self._n_samples * z.double()
         self._low, self._high = self._low - z, self._high - z
+
+
+def _raise(total: Tensor, values: Tensor) -> None:
+    """Raise a total to values that are larger; both keep a NaN."""
+    torch.maximum(total, values, out=total)
+
+
+def _lower(total: Tensor, values: Tensor) -> None:
+    """Lower a total to values that are smaller; both keep a NaN."""
+    torch.minimum(total, values, out=total)

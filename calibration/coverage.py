@@ -7,7 +7,7 @@ best for. See `docs/moe.md`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import median
@@ -53,6 +53,16 @@ class Coverage:
         used = min(offered, max(self.minimum - self.total(expert), 0))
         self.reserve[expert] = self.reserve.get(expert, 0) + used
         return used
+
+    def join(self, everyones: Sequence[Coverage]) -> None:
+        """Count what all processes sent to experts, each of samples of its own, before any expert is topped up."""
+        self.routed = {}
+        for coverage in everyones:
+            assert not coverage.reserve, "samples are shared before experts are topped up"
+            assert not coverage.forced
+            self.top_k |= coverage.top_k
+            for expert, tokens in coverage.routed.items():
+                self.routed[expert] = self.routed.get(expert, 0) + tokens
 
     def total(self, expert: Expert) -> int:
         """Return the tokens an expert has from all sources."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from compressor.errors import NumericalError, UnsupportedError
+from compressor.ranks import Ranks
 
 FP8_MAX = 448.0
 SCALES = ("k_scale", "v_scale")
@@ -39,6 +40,14 @@ class KVRange:
         seen = [key.detach().abs().amax().float(), value.detach().abs().amax().float()]
         self.max_abs = [torch.maximum(a, b) for a, b in zip(self.max_abs or seen, seen, strict=True)]
         return key, value
+
+    def join(self, ranks: Ranks) -> None:
+        """Take into account what other processes have seen."""
+        if ranks.size == 1:
+            return
+        everyones = [found for found in ranks.gather([value.cpu() for value in self.max_abs]) if found]
+        device = self.max_abs[0].device if self.max_abs else torch.device("cpu")
+        self.max_abs = [torch.stack(values).amax().to(device) for values in zip(*everyones, strict=True)]
 
     def scales(self, name: str, dtype: torch.dtype) -> dict[str, Tensor]:
         """Stop looking; return `k_scale` and `v_scale`, `[1]` in `dtype`.

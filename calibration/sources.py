@@ -18,6 +18,9 @@ from compressor.offline import forbidden_by
 
 Message: TypeAlias = dict[str, str]
 
+MAX_LINE_BYTES = 16 << 20
+"""Of one row of a .jsonl file; a line is held in memory as a whole."""
+
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 _SUFFIXES = (".txt", ".jsonl")
 _ROW_SHAPES = '{"text": ...}, {"messages": [{"role": ..., "content": ...}]} or {"prompt": ..., "completion": ...}'
@@ -129,13 +132,19 @@ def _read_text(path: Path, max_chars: int) -> Reading:
 
 def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
+        for number, raw in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), 1):
             where = f"{path.name}:{number}"
+            if len(raw) > MAX_LINE_BYTES:
+                raise CheckpointError(
+                    f"{where}: a line of more than {MAX_LINE_BYTES} bytes", "write one document a line, or a .txt file"
+                )
             line = _decoded(raw, where).strip()
             if not line:
                 continue
             try:
                 row = json.loads(line)
+            except RecursionError:
+                raise CheckpointError(f"{where}: nested too deeply", f"rows: {_ROW_SHAPES}") from None
             except ValueError as error:
                 raise CheckpointError(f"{where}: not JSON: {error}", "each line must be one JSON object") from None
             if not isinstance(row, dict):
@@ -203,6 +212,7 @@ def _document(where: str, row: dict[str, Any], text_column: str) -> Document:
         text = row[text_column]
         if not isinstance(text, str):
             raise _bad_row(where, f"{text_column!r} is {type(text).__name__}, not a string")
+        _check_text(where, text)
         return Document(text if text.strip() else "", None, where)
     if "messages" in row:
         return Document(None, _messages(where, row["messages"]), where)
@@ -222,7 +232,16 @@ def _messages(where: str, value: object) -> tuple[Message, ...]:
     for message in value:
         if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
             raise _bad_row(where, f"a message needs 'role' and 'content' as strings, found {json.dumps(message)[:80]}")
+        _check_text(where, message["role"] + message["content"])
     return tuple({"role": message["role"], "content": message["content"]} for message in value)
+
+
+def _check_text(where: str, text: str) -> None:
+    """Refuse escapes such as `\\ud800` that JSON lets through and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise _bad_row(where, f"half a surrogate pair at character {error.start}") from None
 
 
 def _bad_row(where: str, problem: str) -> CompressorError:

@@ -7,7 +7,7 @@ then depends on the samples alone, not on how many processes shared the work.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,6 +24,13 @@ BANDS = 5
 def lane_of(sample: int, n_samples: int) -> int:
     """Return the lane a sample belongs to: lanes are contiguous and as equal as possible."""
     return sample * min(LANES, n_samples) // n_samples
+
+
+def samples_of(lane: int, n_samples: int) -> range:
+    """Return the samples of a lane."""
+    lanes = min(LANES, n_samples)
+    first, behind = (-(-edge * n_samples // lanes) for edge in (lane, lane + 1))
+    return range(first, behind)
 
 
 class Accumulator(Protocol):
@@ -77,6 +84,53 @@ class Statistic(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Part:
+    """Numbers of an open lane, and how they join the total.
+
+    Attributes:
+        lane: What the open lane holds.
+        total: What they join, in the same shape; None in a process that does not keep the total.
+        join: Changes a part of the total in place, given the same part of a lane.
+    """
+
+    lane: Tensor
+    total: Tensor | None
+    join: Callable[[Tensor, Tensor], object]
+
+
+class Laned:
+    """Base of accumulators whose lanes may be filled by different processes.
+
+    Lanes are exchanged as they are closed; what counts rows (`tally`) once, when all samples have passed.
+    """
+
+    n_tokens: int
+
+    def parts(self, keep: bool) -> tuple[Part, ...]:
+        """Return what the open lane holds, finished; with totals if this process keeps them."""
+        raise NotImplementedError
+
+    def empty_lane(self) -> None:
+        """Open the next lane: forget what this one held."""
+        raise NotImplementedError
+
+    def close_lane(self) -> None:
+        """Add the open lane to the total."""
+        for part in self.parts(keep=True):
+            assert part.total is not None
+            part.join(part.total, part.lane)
+        self.empty_lane()
+
+    def tally(self) -> tuple[float, ...]:
+        """Return the rows and the largest magnitude this process has seen, and what else it counts."""
+        raise NotImplementedError
+
+    def count(self, tallies: Sequence[tuple[float, ...]]) -> None:
+        """Replace this process's tally by that of all."""
+        raise NotImplementedError
+
+
 class Unshifted:
     """Base of accumulators that do not tell what a shift of their inputs would make of them."""
 
@@ -105,7 +159,7 @@ class SecondMoment:
         return in_features * (self.block or in_features)
 
 
-class SecondMomentSum(Unshifted):
+class SecondMomentSum(Laned, Unshifted):
     """Accumulates `sum x x^T` in float32.
 
     Attributes:
@@ -115,13 +169,27 @@ class SecondMomentSum(Unshifted):
 
     def __init__(self, spec: SecondMoment, in_features: int, device: torch.device) -> None:
         self.spec = spec
-        shape = (
+        self._shape = (
             (in_features, in_features) if spec.block is None else (in_features // spec.block, spec.block, spec.block)
         )
-        self._total = torch.zeros(shape, dtype=torch.float32, device=device)
-        self._lane = torch.zeros(shape, dtype=torch.float32, device=device)
+        self._device = device
+        # Gigabytes for wide layers: each is there while it is needed, and a process may need only one of them.
+        self._sum: Tensor | None = None
+        self._open: Tensor | None = None
         self.n_tokens = 0
         self.max_abs = 0.0
+
+    @property
+    def _total(self) -> Tensor:
+        if self._sum is None:
+            self._sum = torch.zeros(self._shape, dtype=torch.float32, device=self._device)
+        return self._sum
+
+    @property
+    def _lane(self) -> Tensor:
+        if self._open is None:
+            self._open = torch.zeros(self._shape, dtype=torch.float32, device=self._device)
+        return self._open
 
     def update(self, x: Tensor) -> None:
         """Add rows `x` `[tokens, in]` to the open lane."""
@@ -129,9 +197,7 @@ class SecondMomentSum(Unshifted):
             return
         x = x.float()
         self.n_tokens += x.shape[0]
-        largest = float(x.abs().max())
-        # max() forgets a NaN that comes second and keeps one that comes first.
-        self.max_abs = largest if math.isnan(largest) else max(self.max_abs, largest)
+        self.max_abs = largest((self.max_abs, float(x.abs().max())))
         if self.spec.block is None:
             for rows in self._bands():
                 self._lane[rows, rows.start :].addmm_(x[:, rows].T, x[:, rows.start :])
@@ -141,20 +207,37 @@ class SecondMomentSum(Unshifted):
 
     def close_lane(self) -> None:
         """Add the open lane to the total; called once per lane, in lane order."""
+        if self._open is not None:  # an expert that no token reached in this lane adds nothing
+            super().close_lane()
+
+    def parts(self, keep: bool) -> tuple[Part, ...]:
+        """Return the open lane, both halves filled."""
         if self.spec.block is None:
             for rows in self._bands():
                 self._lane[rows.stop :, rows] = self._lane[rows, rows.stop :].T
-        self._total += self._lane
-        self._lane.zero_()
+        return (Part(self._lane, self._total if keep else None, Tensor.add_),)
+
+    def empty_lane(self) -> None:
+        """Open the next lane; its memory is there again from its first sample on."""
+        self._open = None
+
+    def tally(self) -> tuple[float, ...]:
+        """Return the rows and the largest magnitude."""
+        return float(self.n_tokens), self.max_abs
+
+    def count(self, tallies: Sequence[tuple[float, ...]]) -> None:
+        """Replace this process's tally by that of all."""
+        self.n_tokens = int(sum(tally[0] for tally in tallies))
+        self.max_abs = largest(tally[1] for tally in tallies)
 
     def _bands(self) -> Iterator[slice]:
         """Yield the rows of a whole matrix in bands; right of its diagonal block, a band is also a band of columns.
 
         Computing each only from there on saves two fifths of the work.
         """
-        width = -(-self._lane.shape[0] // BANDS)
-        for first in range(0, self._lane.shape[0], width):
-            yield slice(first, min(first + width, self._lane.shape[0]))
+        width = -(-self._shape[0] // BANDS)
+        for first in range(0, self._shape[0], width):
+            yield slice(first, min(first + width, self._shape[0]))
 
     def value(self) -> Tensor:
         """Return `sum x x^T`, `[in, in]` or `[in/block, block, block]`, float32; all lanes must be closed."""
@@ -167,3 +250,9 @@ class SecondMomentSum(Unshifted):
         else:
             parts = c.unflatten(0, (-1, self.spec.block))  # [blocks, block]
             self._total.div_(parts.unsqueeze(2)).div_(parts.unsqueeze(1))
+
+
+def largest(values: Iterable[float]) -> float:
+    """Return the largest of some magnitudes; NaN if one is."""
+    values = list(values)
+    return math.nan if any(math.isnan(value) for value in values) else max(values)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from compressor import __version__
@@ -20,12 +20,12 @@ from compressor.calibration.dataset import CalibrationSet, Generate, build, fing
 from compressor.checkpoint.blocks import BlockSequence
 from compressor.checkpoint.export import copy_side_files, result_config
 from compressor.checkpoint.resolve import resolve_model
-from compressor.checkpoint.sink import WORK, write_json
+from compressor.checkpoint.sink import WORK, save_tensors, write_json
 from compressor.checkpoint.skeleton import Skeleton, quiet
 from compressor.checkpoint.source import Source
 from compressor.engine import Engine
 from compressor.environment import load_tokenizer, pick_device, versions
-from compressor.errors import CompressorError, RecipeError, VerificationError
+from compressor.errors import CheckpointError, RecipeError, UnsupportedError
 from compressor.formats import get_format, parse_group_size
 from compressor.formats.activations import get_input_format
 from compressor.formats.pruned import PRUNED
@@ -36,9 +36,11 @@ from compressor.process import peak_rss
 from compressor.pruning import get_method
 from compressor.pruning.base import PruneOptions
 from compressor.pruning.view import SearchMethod
+from compressor.ranks import Ranks, join
 from compressor.recipe import CalibrationSpec, Override, Recipe
 from compressor.report import Progress, Row, RunReport, Silent
-from compressor.verify import verify
+from compressor.unit import Unit
+from compressor.verify import confirm
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ def quantize(
     skip_inputs: Sequence[str] = (),
     overrides: Mapping[str, str] | None = None,
     kv_cache: Literal["fp8"] | None = None,
+    attention: str | None = None,
     target_bits: float | None = None,
     menu: Sequence[str] = (),
     options: Mapping[str, Any] | None = None,
@@ -77,6 +80,7 @@ def quantize(
     device: str = "auto",
     force: bool = False,
     trust_remote_code: bool = False,
+    allow_pickle: bool = False,
     progress: Progress | None = None,
 ) -> RunReport:
     """Compress a checkpoint and write it as safetensors; the same as `compress quantize`.
@@ -98,6 +102,7 @@ def quantize(
         skip_inputs: Globs of layers whose inputs stay in floating point.
         overrides: Glob -> format (`"int8"`, `"int8:channel"`) of tensors that get another one; the last match wins.
         kv_cache: Store scales for an FP8 key/value cache.
+        attention: Floats (`"fpq4"`, `"fpq6"`, `"fpq8"`) that queries, keys, probabilities and values are rounded to.
         target_bits: Choose every layer's format so that so many bits are stored per weight; see `docs/moe.md`.
         menu: Formats to choose from; none for int2, int3, int4, int6 and int8.
         options: Options of the method.
@@ -105,6 +110,7 @@ def quantize(
         device: `auto`, `cpu`, `cuda`, ...
         force: Overwrite an earlier result.
         trust_remote_code: Run model code that comes with the checkpoint, where transformers has none of its own.
+        allow_pickle: Read a folder of pickled weights, as plain tensors; no code in them is run.
         progress: Who is told how far it is.
 
     Raises:
@@ -120,6 +126,7 @@ def quantize(
         skip_inputs=tuple(skip_inputs),
         overrides=make_overrides(overrides or {}, skip),
         kv_cache=kv_cache,
+        attention=attention,
         calibration=CalibrationSpec(
             data=data,
             seq_len=seq_len,
@@ -128,6 +135,7 @@ def quantize(
         ),
         seed=seed,
         trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
     )
     out = Path(output) if output is not None else None
     if target_bits is None:
@@ -141,7 +149,7 @@ def needs_data(method: Method, recipe: Recipe) -> bool:
     """Return whether a run looks at calibration data."""
     static = recipe.inputs is not None and get_input_format(recipe.inputs).static
     looks = method.stream is not Stream.NONE or isinstance(method, SearchMethod)
-    return looks or recipe.kv_cache is not None or static
+    return looks or recipe.kv_cache is not None or recipe.attention is not None or static
 
 
 def make_overrides(formats: Mapping[str, str], skip: Sequence[str]) -> tuple[Override, ...]:
@@ -174,9 +182,13 @@ def prepare(
     for name, group_size in [(recipe.format, recipe.group_size), *((o.format, o.group_size) for o in recipe.overrides)]:
         if name is not None:
             get_format(name, parse_group_size(name, group_size), torch.bfloat16)
-    path, revision = resolve_model(recipe.model, recipe.trust_remote_code)
+    ranks = join()
+    with ranks.leader_first():
+        path, revision = resolve_model(recipe.model, recipe.trust_remote_code, recipe.allow_pickle)
     if out is not None:
-        output_files.check_output(out, force)
+        output_files.check_apart(out, path)
+        if ranks.leads:
+            output_files.check_output(out, force)
     source = Source.open(path, recipe.model, revision)
     skeleton = Skeleton.build(path, pick_device(device), recipe.trust_remote_code)
     blocks = BlockSequence.find(skeleton.model)
@@ -184,7 +196,8 @@ def prepare(
     resolved = recipe.model_copy(update={"format": plan.format, "inputs": plan.inputs})
     if out is None:
         out = default_output(resolved, label or plan.format)
-        output_files.check_output(out, force)
+        if ranks.leads:
+            output_files.check_output(out, force)
     job = Job(resolved, out, source, skeleton, blocks, method, plan)
     if needs_data(method, recipe):
         _check_window(job)
@@ -233,6 +246,11 @@ def prepare_bits(
     Raises:
         CompressorError: As `prepare`; or the target cannot be met.
     """
+    if join().size > 1:
+        raise UnsupportedError(
+            "choosing formats for a number of bits runs in one process",
+            "run it without torchrun, and give the formats it chose to torchrun with --set",
+        )
     progress, label = progress or Silent(), f"{target:g}bits"
     for name in menu:
         get_format(name, None, torch.bfloat16)
@@ -253,42 +271,74 @@ def execute(job: Job, *, force: bool = False, progress: Progress | None = None) 
     Raises:
         CompressorError: See `compressor.errors`; finished units are kept for the next run where that makes sense.
     """
-    progress = progress or Silent()
+    ranks = join()
+    progress = (progress if ranks.leads else None) or Silent()
     started = time.monotonic()
+    if ranks.size > 1 and isinstance(job.method, SearchMethod):
+        raise UnsupportedError(f"method {job.method.name} runs in one process", "run it without torchrun")
+    _check_same(job, ranks)
     calibration = None
     if needs_data(job.method, job.recipe):
         progress.stage("reading calibration data")
-        calibration = calibrate(job)
+        calibration = ranks.share(calibrate(job) if ranks.leads else None)
     events = [*job.source.notes, *job.plan.notes, *(calibration.events if calibration else ())]
     for event in events:
         progress.event(event)
     progress.stage("hashing the source")
-    parts = digest_parts(job, calibration)
+    parts = ranks.share(digest_parts(job, calibration) if ranks.leads else {})
     plan = replace(job.plan, digest=digest(parts))
-    with output_files.claimed(job.out, parts, plan.digest, force):
-        report = _run(job, plan, calibration, progress)
-        report.events = [*events, *report.events]
-        report.files = output_files.file_hashes(job.out)
-        report.seconds = time.monotonic() - started
-        report.peak_rss = peak_rss()
-        write_json(job.out / output_files.REPORT, report.to_json())
-    output_files.finish(job.out)
+    claim: AbstractContextManager[None] = nullcontext()
+    if ranks.leads:
+        claim = output_files.claimed(job.out, parts, plan.digest, force)
+    with claim:
+        output_files.check_seen_by_all(job.out, ranks)
+        engine = _engine(job, plan, calibration, progress, ranks)
+        resumed_at = len(engine.journal.read()) if ranks.leads else 0
+        units = engine.run()
+        peaks = ranks.gather(peak_rss())
+        report = None
+        if ranks.leads:
+            report = _publish(job, plan, engine, units, progress)
+            report.resumed_at, report.processes, report.peak_rss = resumed_at, ranks.size, max(peaks)
+            output_files.conclude(job.out, report, events, started)
+        report = ranks.share(report)
+    assert report is not None
     return report
 
 
-def _run(job: Job, plan: Plan, calibration: CalibrationSet | None, progress: Progress) -> RunReport:
+def _check_same(job: Job, ranks: Ranks) -> None:
+    """Make sure that all processes are about to do the same.
+
+    Raises:
+        CheckpointError: One of them reads another checkpoint, or has other versions of libraries.
+    """
+    if ranks.size == 1:
+        return
+    seen = ranks.gather([job.plan.to_json(), versions()])
+    for rank, theirs in enumerate(seen):
+        for what, mine, other in zip(("plans something else", "has other libraries"), seen[0], theirs, strict=True):
+            if mine != other:
+                raise CheckpointError(
+                    f"process {rank} {what} than process 0", "give all the same checkpoint, flags and environment"
+                )
+
+
+def _engine(job: Job, plan: Plan, calibration: CalibrationSet | None, progress: Progress, ranks: Ranks) -> Engine:
     tokens = None if calibration is None else calibration.tokens
     reserve = None if calibration is None else calibration.reserve
-    engine = Engine(
+    return Engine(
         *(plan, job.source, job.skeleton, job.blocks, job.method, tokens, job.out, job.recipe.seed, progress, reserve),
         min_expert_tokens=expert_tokens(job),
+        ranks=ranks,
     )
-    resumed_at = len(engine.journal.read())
-    units = engine.run()
+
+
+def _publish(job: Job, plan: Plan, engine: Engine, units: Sequence[Unit], progress: Progress) -> RunReport:
+    """Turn finished units into a checkpoint, verify it, and say what happened."""
     progress.stage("writing")
     probe = job.out / WORK / "probe.safetensors"
     inputs = {name: value.cpu() for name, value in engine.probe_inputs().items()}
-    save_file({"inputs": next(iter(inputs.values())), "logits": engine.probe_output(units[-1]).cpu()}, probe)
+    save_tensors(probe, {"inputs": next(iter(inputs.values())), "logits": engine.probe_output(units[-1]).cpu()})
     engine.sink.publish()
     if isinstance(job.method, SearchMethod):
         job.method.publish(job.out)
@@ -298,7 +348,7 @@ def _run(job: Job, plan: Plan, calibration: CalibrationSet | None, progress: Pro
     config = result_config(job.source.config, plan, engine.format_of, job.skeleton.model)
     write_json(job.out / "config.json", config)
     progress.stage("verifying in a fresh process")
-    verification = _verify(job.out, probe, job.recipe.trust_remote_code)
+    verification = confirm(job.out, probe, trust_remote_code=job.recipe.trust_remote_code)
     rows = [row for unit in units for row in unit.rows]
     errors = [row.error for row in rows if row.error is not None]
     return RunReport(
@@ -314,7 +364,6 @@ def _run(job: Job, plan: Plan, calibration: CalibrationSet | None, progress: Pro
         bits_per_weight=plan.bits_per_weight,
         mean_error=sum(errors) / len(errors) if errors else None,
         sparsity=_sparsity(rows, {layer.ref.name: layer.ref.numel for layer in plan.compressed}),
-        resumed_at=resumed_at,
         verification=verification,
     )
 
@@ -323,22 +372,6 @@ def _sparsity(rows: Sequence[Row], sizes: Mapping[str, int]) -> float | None:
     """Return the share of zeros among all values of the compressed tensors, given how many each has."""
     zeros = [row.sparsity * sizes[row.name] for row in rows if row.sparsity is not None]
     return sum(zeros) / sum(sizes.values()) if zeros else None
-
-
-def _verify(out: Path, probe: Path, trust_remote_code: bool) -> dict[str, Any]:
-    """Reload in a fresh process; a result that cannot be trusted is made unloadable before the error goes on."""
-    try:
-        result = verify(out, probe, trust_remote_code=trust_remote_code)
-        if not result.ok:
-            differ = f"reloaded logits differ by {result.relative_error:.2e}, allowed is {result.tolerance:.0e}"
-            raise VerificationError(
-                f"{out}: {result.error or differ}",
-                "this is a bug: please report it with the model's config.json",
-            )
-    except CompressorError:
-        (out / "config.json").replace(out / "config.json.failed")
-        raise
-    return result.to_json()
 
 
 def calibrate(job: Job) -> CalibrationSet:
@@ -432,4 +465,5 @@ def default_output(recipe: Recipe, format_name: str) -> Path:
     if isinstance(pruning, PruneOptions):
         words.append(str(pruning.groups).replace(":", "of") if pruning.groups else f"{100 * pruning.sparsity:g}")
     words += [] if format_name == PRUNED else [format_name]
-    return Path("-".join([*words, *([recipe.inputs] if recipe.inputs else [])]))
+    words += [recipe.inputs] if recipe.inputs else []
+    return Path("-".join([*words, *([f"attention-{recipe.attention}"] if recipe.attention else [])]))

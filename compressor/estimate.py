@@ -11,10 +11,11 @@ from compressor.formats import get_format
 from compressor.formats.activations import get_input_format
 from compressor.formats.base import SearchableFormat
 from compressor.formats.small_floats import SPLITS
+from compressor.formats.split_floats import SplitFloat
 from compressor.methods.base import Method, Stream
 from compressor.methods.fp4 import FP4Options
 from compressor.methods.learning import LearningOptions
-from compressor.plan import Plan
+from compressor.plan import OUTSIDE, Plan
 from compressor.pruning.base import PruningMethod
 from compressor.recipe import CalibrationSpec
 
@@ -52,6 +53,8 @@ def estimate_seconds(plan: Plan, method: Method, spec: CalibrationSpec, device: 
     operations = 0.0
     widths: dict[str, int] = {}
     for layer in plan.compressed:
+        if layer.ref.block == OUTSIDE:
+            continue  # rounded by itself
         assert layer.ref.matrix is not None
         rows, columns = layer.ref.matrix
         operations += 2.0 * passes * tokens * rows * columns
@@ -59,7 +62,8 @@ def estimate_seconds(plan: Plan, method: Method, spec: CalibrationSpec, device: 
         if isinstance(options, FP4Options) and layer.inputs and get_input_format(layer.inputs).searched:
             splits = len(SPLITS[get_input_format(layer.inputs).bits])
             step = splits * options.points * 2.0 * options.tokens * rows * columns
-            operations += options.rounds * (step + 3 * 170.0 * rows * columns * columns)
+            weights = len(SPLITS[fmt.bits]) if isinstance(fmt, SplitFloat) else 0
+            operations += options.rounds * (step + weights * 170.0 * rows * columns * columns)
         elif method.stream is Stream.NONE:
             continue
         elif isinstance(options, LearningOptions):
@@ -67,7 +71,7 @@ def estimate_seconds(plan: Plan, method: Method, spec: CalibrationSpec, device: 
             operations += 6.0 * options.steps(fmt.bits) * options.batch * spec.seq_len * rows * columns
         elif isinstance(fmt, SearchableFormat) and fmt.group_size is None:
             # One scale spans a row, so each of the hundred candidates is judged by the whole second moment.
-            operations += 2 * 170.0 * rows * columns * columns
+            operations += (2 if fmt.bits == 4 else 4) * 170.0 * rows * columns * columns
         else:
             # A search tries a dozen candidates per weight a few times; each costs dozens of element operations.
             operations += 12 * 5 * 40.0 * rows * columns + 6.0 * rows * columns * columns

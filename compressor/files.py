@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from pathlib import Path
@@ -36,3 +37,27 @@ def replace_text(path: Path, text: str) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def read_bounded(path: Path, limit: int) -> str:
+    """Read a UTF-8 text file that may come from a stranger.
+
+    Args:
+        path: A regular file: pipes and devices, which may never end, are refused.
+        limit: Bytes; a larger file is refused before any of it is read.
+
+    Raises:
+        OSError: It cannot be read, or is no regular file.
+        ValueError: Larger than `limit`, or not UTF-8.
+    """
+    if not path.is_file():
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if path.exists():
+            raise OSError(errno.EINVAL, "not a regular file")
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+    with path.open("rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise ValueError(f"{path.stat().st_size} bytes, at most {limit} are read")
+    return data.decode("utf-8")

@@ -14,7 +14,7 @@ from compressor.formats.activations import InputFormat, get_input_format
 from compressor.inputs import stored_slots
 from compressor.methods.base import Method
 from compressor.methods.rounding import InputMethod, InputSite
-from compressor.plan import Kind, LayerPlan
+from compressor.plan import OUTSIDE, Kind, LayerPlan
 from compressor.recipe import Recipe
 
 
@@ -75,12 +75,16 @@ def plan_inputs(
     for layer in layers:
         matrix = layer.ref.matrix
         if layer.format and matrix:
-            if reason := skipped.get(layer.ref.name):
+            if layer.ref.block == OUTSIDE:
+                head = layer.ref.kind is not Kind.EMBEDDING
+                layer = replace(layer, inputs_kept_because="outside the blocks" if head else None)
+            elif reason := skipped.get(layer.ref.name):
                 layer = replace(layer, inputs_kept_because=reason)
             else:
                 check_width(layer, fmt)
                 fold = folds.get(layer.ref.name)
-                own = method.steps(fmt, InputSite(layer.ref, fold)) if isinstance(method, InputMethod) else ()
+                site = InputSite(layer.ref, fold, found.norms.get(layer.ref.name))
+                own = method.steps(fmt, site) if isinstance(method, InputMethod) else ()
                 steps = own or (fmt.describe(),)
                 stored = stored_slots(steps, matrix, dtype).values()
                 after = layer.bytes_after + sum(slot.nbytes for slot in stored)
@@ -120,4 +124,16 @@ def input_notes(layers: list[LayerPlan]) -> tuple[str, ...]:
             "stock transformers rounds no inputs inside experts: a score there is that of their weights alone; "
             "compressor.load rounds them"
         )
+    scaled = Counter(layer.ref.module.rpartition(".")[2] for layer in layers if scales_inputs(layer))
+    if scaled:
+        names = ", ".join(f"{count} {name}" for name, count in scaled.items())
+        notes.append(
+            f"inputs are scaled per channel in front of the layer ({names}): what its norm gives is the residual too, "
+            "so nothing can be moved into the norm"
+        )
     return tuple(notes)
+
+
+def scales_inputs(layer: LayerPlan) -> bool:
+    """Return whether factors per channel are applied to a layer's input as it arrives."""
+    return any(step["op"] == "scale" for step in layer.steps)

@@ -23,6 +23,9 @@ from compressor.formats.e8m0 import decode_e8m0, fit_e8m0
 from compressor.formats.nvfp4 import ZERO_SCALE
 from compressor.formats.small_floats import SPLITS, TINY, largest_value, offsets_of, round_float
 
+OPERANDS = ("query", "key", "probability", "value")
+"""What attention multiplies, in the order in which it is met, and stored."""
+
 
 class InputOp(Protocol):
     """One step on `x` `[..., in]`. Float in, float out: quantization is simulated here and real in kernels."""
@@ -64,6 +67,25 @@ class Shift:
     def describe(self) -> dict[str, object]:
         """Return the JSON form."""
         return {"op": "shift", "carry": self.carry is not None}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Multiply each channel by a positive number: `x * factor`. `factor` is `[in]` float32."""
+
+    factor: Tensor
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Return the scaled input in the dtype of `x`."""
+        return x * self.factor.to(x.dtype)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the factors."""
+        return {"input_factor": self.factor}
+
+    def describe(self) -> dict[str, object]:
+        """Return the JSON form."""
+        return {"op": "scale"}
 
 
 @dataclass(frozen=True)
@@ -200,8 +222,13 @@ class Quantize:
 
     def saturated(self, x: Tensor) -> int:
         """Return how many values of `x` lie beyond the reach of a static scale by more than rounding explains."""
-        if self.format.granularity != "tensor":
+        if not self.format.static:
             return 0
+        if self.format.suffix == GLOBAL_SCALE:
+            assert self.scale is not None
+            # A group's scale ends at 448 over the divisor; rounding that scale, and a value, may each reach further.
+            reach = E4M3_MAX * top_of(self.format) / self.scale.float() * (17 / 16) ** 2
+            return int((x.float().abs() > reach).sum())
         z = x.float() / self.steps(x.float())
         top = top_of(self.format)
         low, high = (-top - 0.5, top) if self.format.kind == "int" else (-top * 17 / 16, top * 17 / 16)
@@ -281,9 +308,19 @@ class RoundFloat:
     def apply(self, x: Tensor) -> Tensor:
         """Return the rounded input, computed in float32, in the dtype of `x`."""
         k = self.k.to(torch.int32)
-        z = torch.ldexp(x.float(), k) / self.scale
-        rounded = round_float(z, self.bits, int(self.mantissa)) * self.scale
+        rounded = self.snap(torch.ldexp(x.float(), k) / self.scale) * self.scale
         return torch.ldexp(rounded, -k).to(x.dtype)
+
+    def snap(self, z: Tensor) -> Tensor:
+        """Return the value at bias 0 nearest to every float32 `z`; overwrites `z`."""
+        return round_float(z, self.bits, int(self.mantissa))
+
+    def saturated(self, x: Tensor) -> int:
+        """Return how many values of `x` lie beyond the largest float by more than rounding explains."""
+        z = torch.ldexp(x.float(), self.k.to(torch.int32)) / self.scale
+        mantissa = int(self.mantissa)
+        half_step = 0.5 / (2 ** (mantissa + 1) - 1)  # in units of the largest value
+        return int((z.abs() > largest_value(self.bits, mantissa) * (1 + half_step)).sum())
 
     def tensors(self) -> dict[str, Tensor]:
         """Return scale, split and exponents."""
@@ -328,6 +365,16 @@ def apply_ops(ops: Sequence[InputOp], x: Tensor) -> Tensor:
     return x
 
 
+def is_static(op: InputOp) -> bool:
+    """Return whether an operation cuts off what lies beyond a stored scale."""
+    return isinstance(op, RoundFloat) or (isinstance(op, Quantize) and op.format.static)
+
+
+def saturated(op: InputOp, x: Tensor) -> int:
+    """Return how many values of `x` an operation cuts off, as far as rounding does not explain it."""
+    return op.saturated(x) if isinstance(op, RoundFloat | Quantize) else 0
+
+
 def carried(ops: Sequence[InputOp]) -> Tensor | None:
     """Return what a layer's output gets back for what its input lost, `[out]` float32, or None."""
     return next((op.carry for op in ops if isinstance(op, Shift) and op.carry is not None), None)
@@ -345,6 +392,8 @@ def rebuild(descriptions: Sequence[dict[str, object]], tensors: dict[str, Tensor
         try:
             if name == "shift":
                 ops.append(Shift(tensors["input_shift"], tensors["input_shift_carry"] if entry.get("carry") else None))
+            elif name == "scale":
+                ops.append(Scale(tensors["input_factor"]))
             elif name == "pow2":
                 ops.append(Pow2(tensors["input_pow2"]))
             elif name == "permute":
@@ -401,6 +450,7 @@ def stored_slots(
 
 _VECTORS = {
     "shift": ("input_shift", torch.float32),
+    "scale": ("input_factor", torch.float32),
     "pow2": ("input_pow2", torch.int8),
     "permute": ("input_order", torch.int64),
 }

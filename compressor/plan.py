@@ -284,7 +284,18 @@ class Plan:
 
     def cached(self, block: int) -> tuple[str, ...]:
         """Return the attention modules of a block whose key/value cache is quantized."""
-        return tuple(site.module for site in self.sites if site.block == block and site.format)
+        return self._treated(Operand.KV_CACHE, block)
+
+    def rounded_attention(self, block: int) -> tuple[str, ...]:
+        """Return the attention modules of a block whose operands are rounded."""
+        return self._treated(Operand.QUERY_KEY, block)
+
+    def operand_format(self, operand: Operand) -> str | None:
+        """Return the format of an operand of attention, or None if it stays in floating point everywhere."""
+        return next((site.format for site in self.sites if site.operand is operand and site.format), None)
+
+    def _treated(self, operand: Operand, block: int) -> tuple[str, ...]:
+        return tuple(s.module for s in self.sites if s.block == block and s.operand is operand and s.format)
 
     @property
     def formats(self) -> tuple[tuple[str, GroupSize], ...]:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import fnmatch
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
+import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from compressor.checkpoint.blocks import BlockSequence
 from compressor.checkpoint.folds import Found, find_folds
@@ -19,8 +21,9 @@ from compressor.checkpoint.skeleton import Skeleton
 from compressor.checkpoint.source import DTYPES, Source
 from compressor.errors import RecipeError, UnsupportedError
 from compressor.formats import BUILDERS, FIXED_GROUP, get_format, parse_group_size
+from compressor.formats.activations import INPUT_FORMATS, get_input_format
 from compressor.formats.base import QuantFormat, group_setting
-from compressor.input_plan import input_notes, plan_inputs, stored_as, with_inputs
+from compressor.input_plan import input_notes, plan_inputs, scales_inputs, stored_as, with_inputs
 from compressor.methods.base import Method, RouterMethod, Stream
 from compressor.methods.scaling import FoldingMethod
 from compressor.plan import OUTSIDE, ActivationSite, Fold, FoldKind, Kind, LayerPlan, Operand, Plan, WeightRef
@@ -28,9 +31,17 @@ from compressor.pruning import get_method
 from compressor.pruning.view import SearchMethod
 from compressor.readers import check_experts, check_fused, check_kv_cache, reader_notes
 from compressor.recipe import Override, Recipe
-from compressor.weights import make_ref, natural_key, reason_to_keep
+from compressor.weights import can_be_chosen, make_ref, natural_key, reason_to_keep
 
-NO_ACTIVATION_METHOD = "no method quantizes this operand yet"
+NOT_ASKED_FOR = {
+    Operand.QUERY_KEY: "--attention was not given",
+    Operand.PROBABILITY_VALUE: "--attention was not given",
+    Operand.KV_CACHE: "--kv-cache was not given",
+}
+
+
+_SEARCHED = {"fpq4": "fp4", "fpq6": "fp6", "fpq8": "fp8-searched"}
+"""LLM-FP4's formats of inputs -> those of weights with as many bits."""
 
 
 def default_format(recipe: Recipe, is_moe: bool) -> str:
@@ -39,8 +50,8 @@ def default_format(recipe: Recipe, is_moe: bool) -> str:
     Where inputs are rounded too, it is the one that goes with them: int8, fp8, nvfp4, ...
     Stock transformers drops the global scale of NVFP4 experts without a word, so NVFP4 is not a default for them.
     """
-    if recipe.inputs and recipe.inputs.startswith("fpq"):
-        return "fp4"
+    if recipe.inputs in _SEARCHED:
+        return _SEARCHED[recipe.inputs]
     if recipe.method == "fp4":
         return "mxfp4" if is_moe else "nvfp4"
     if recipe.method == "nupes":
@@ -69,12 +80,14 @@ def make_plan(recipe: Recipe, source: Source, skeleton: Skeleton, blocks: BlockS
     targets = skeleton.targets({name: info.shape for name, info in source.tensors.items()})
     refs = [make_ref(info, targets[name], skeleton, blocks, trace) for name, info in source.tensors.items()]
     refs.sort(key=lambda ref: (ref.block if ref.block != OUTSIDE else len(blocks.names), natural_key(ref.name)))
-    overrides = match_overrides(recipe.overrides, refs)
+    overrides = match_overrides(recipe.overrides, refs, skeleton.model.all_tied_weights_keys)
     layers = [plan_layer(ref, source, method, fmt, overrides.get(ref.name), recipe) for ref in refs]
     if not any(layer.format for layer in layers):
         raise nothing_to_compress(layers)
     found = plan_folds(method, layers, blocks, has_kv_cache=recipe.kv_cache is not None)
     layers = plan_inputs(recipe, layers, DTYPES[source.dtype], method, found)
+    scaled = {layer.ref.name for layer in layers if scales_inputs(layer)}
+    found = replace(found, unfolded={name: why for name, why in found.unfolded.items() if name not in scaled})
     check_fused(layers)
     check_experts(layers)
     layers = mark_rewritten(layers, found.folds, rounds_routers(method))
@@ -83,13 +96,18 @@ def make_plan(recipe: Recipe, source: Source, skeleton: Skeleton, blocks: BlockS
     return Plan(
         architecture=type(skeleton.model).__name__,
         layers=tuple(layers),
-        sites=tuple(activation_sites(skeleton.model, blocks, recipe.kv_cache)),
+        sites=tuple(activation_sites(skeleton.model, blocks, recipe)),
         blocks=blocks.names,
         method=recipe.method,
         format=format_name,
         default_dtype=source.dtype,
         peak_bytes=estimate_peak(layers, method, fmt, len(blocks.names)),
-        notes=(*reader_notes(layers), *unfolded_notes(method, found), *input_notes(layers)),
+        notes=(
+            *reader_notes(layers),
+            *outside_notes(skeleton.model, layers),
+            *unfolded_notes(method, found),
+            *input_notes(layers),
+        ),
         folds=found.folds,
         unfolded=found.unfolded,
         inputs=recipe.inputs,
@@ -102,6 +120,8 @@ def plan_layer(
     """Give one tensor a format or a reason."""
     before = source.tensors[ref.name].nbytes
     reason = override.keep if override and override.keep else reason_to_keep(ref)
+    if reason is not None and override and override.format and can_be_chosen(ref):
+        return plan_outside(ref, override, before, DTYPES[source.dtype])
     if reason is not None:
         if override and override.format:
             raise RecipeError(
@@ -127,6 +147,40 @@ def plan_layer(
     return LayerPlan(ref, fmt.name, group_setting(fmt), before, after, None)
 
 
+def plan_outside(ref: WeightRef, override: Override, before: int, dtype: torch.dtype) -> LayerPlan:
+    """Give a tensor outside the blocks the format its name was given.
+
+    Raises:
+        RecipeError: The format cannot store it.
+    """
+    assert override.format is not None
+    assert ref.matrix is not None
+    fmt = get_format(override.format, parse_group_size(override.format, override.group_size), dtype)
+    if refusal := fmt.refuse(ref.matrix):
+        raise RecipeError(f"{ref.module}: {refusal}", "give it another format or group size with --set")
+    after = sum(slot.nbytes for slot in fmt.layout(ref.matrix).values())
+    return LayerPlan(ref, fmt.name, group_setting(fmt), before, after, None)
+
+
+def outside_notes(model: PreTrainedModel, layers: list[LayerPlan]) -> tuple[str, ...]:
+    """Say what becomes of tensors outside the blocks that get a format.
+
+    Raises:
+        RecipeError: Their module does more than look up or multiply.
+    """
+    notes = []
+    for ref in (layer.ref for layer in layers if layer.format and layer.ref.block == OUTSIDE):
+        kind = type(model.get_submodule(ref.owner))
+        if kind not in (nn.Embedding, nn.Linear):
+            raise RecipeError(
+                f"{ref.module}: its class {kind.__name__} is no plain table or linear layer", "leave it out of --set"
+            )
+        tied = [name for name, other in model.all_tied_weights_keys.items() if other == ref.param]
+        shared = f", which {', '.join(tied)} shares" if tied else ""
+        notes.append(f"{ref.name}{shared}: rounded by itself, without calibration data")
+    return tuple(notes)
+
+
 def check_possible(ref: WeightRef, method: Method, fmt: QuantFormat, group_size_by_flag: bool) -> None:
     """Raise if the method or the format refuses this weight: nothing is left out without the user saying so.
 
@@ -149,8 +203,15 @@ def check_possible(ref: WeightRef, method: Method, fmt: QuantFormat, group_size_
     raise error(f"{ref.module}: {refusal}", f"use {', or '.join(ways)}")
 
 
-def match_overrides(overrides: Iterable[Override], refs: list[WeightRef]) -> dict[str, Override]:
+def match_overrides(
+    overrides: Iterable[Override], refs: list[WeightRef], tied: Mapping[str, str] | None = None
+) -> dict[str, Override]:
     """Return the last override that matches, by tensor name; a glob may match the tensor's or the module's name.
+
+    Args:
+        overrides: In the order in which they were given.
+        refs: All tensors on disk.
+        tied: Parameters that are not stored -> those they share values with.
 
     Raises:
         RecipeError: A pattern matches nothing.
@@ -163,6 +224,12 @@ def match_overrides(overrides: Iterable[Override], refs: list[WeightRef]) -> dic
         if override.format:  # a pattern like *.mlp.* means the weights in it, not their biases and norms
             hits = [ref for ref in hits if reason_to_keep(ref) is None] or hits
         if not hits:
+            for target, origin in (tied or {}).items():
+                if any(fnmatch.fnmatchcase(name, override.match) for name in (target, target.removesuffix(".weight"))):
+                    raise RecipeError(
+                        f"{override.match!r} matches {target}, which is tied to {origin} and not stored",
+                        f"--set {origin.removesuffix('.weight')}={override.format or 'fp4'} rounds the table of both",
+                    )
             names = sorted({ref.module.rpartition(".")[2] for ref in refs if ref.kind in (Kind.LINEAR, Kind.EXPERT)})
             flag = "--set" if override.format else "--skip"
             raise RecipeError(
@@ -248,16 +315,23 @@ def nothing_to_compress(layers: list[LayerPlan]) -> UnsupportedError:
     )
 
 
-def activation_sites(model: nn.Module, blocks: BlockSequence, kv_cache: str | None) -> Iterable[ActivationSite]:
-    """Yield the operands of every innermost attention module."""
+def activation_sites(model: nn.Module, blocks: BlockSequence, recipe: Recipe) -> Iterable[ActivationSite]:
+    """Yield the operands of every innermost attention module.
+
+    Raises:
+        RecipeError: Operands are to be rounded to what is no format for them.
+    """
+    if recipe.attention is not None and not get_input_format(recipe.attention).searched:
+        names = ", ".join(name for name, fmt in INPUT_FORMATS.items() if fmt.searched)
+        raise RecipeError(f"--attention {recipe.attention}: operands of attention are rounded to {names}", "use fpq8")
     attention = [name for name, module in model.named_modules() if type(module).__name__.endswith("Attention")]
     for name in attention:
         block = blocks.index_of(name)
         if block is None or any(other.startswith(f"{name}.") for other in attention):
             continue
         for operand in Operand:
-            format_name = kv_cache if operand is Operand.KV_CACHE else None
-            yield ActivationSite(name, operand, block, format_name, None if format_name else NO_ACTIVATION_METHOD)
+            format_name = recipe.kv_cache if operand is Operand.KV_CACHE else recipe.attention
+            yield ActivationSite(name, operand, block, format_name, None if format_name else NOT_ASKED_FOR[operand])
 
 
 def estimate_peak(layers: list[LayerPlan], method: Method, fmt: QuantFormat, n_blocks: int) -> int:

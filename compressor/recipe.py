@@ -80,9 +80,13 @@ class Recipe(BaseModel):
     skip_inputs: tuple[str, ...] = Field(default=(), description="globs of layers whose inputs are not rounded")
     overrides: tuple[Override, ...] = Field(default=(), description="exceptions by name; the last match wins")
     kv_cache: Literal["fp8"] | None = Field(default=None, description="format of the key/value cache at run time")
+    attention: str | None = Field(
+        default=None, description="floats the operands of attention's products are rounded to at run time; None: none"
+    )
     calibration: CalibrationSpec = Field(default_factory=CalibrationSpec)
     seed: int = Field(0, ge=0, le=2**63 - 1, description="seed of everything random")
     trust_remote_code: bool = Field(False, description="run model code that comes with the checkpoint")
+    allow_pickle: bool = Field(False, description="read pickled weights, as plain tensors: no code in them is run")
 
     @model_validator(mode="after")
     def _as_many_samples_as_effort_asks_for(self) -> Recipe:

@@ -67,6 +67,7 @@ class RunReport:
         seconds: Wall time of this process; a resumed run counts only its own.
         peak_rss: Peak resident memory of this process, bytes.
         resumed_at: Units a previous run had finished.
+        processes: Processes that shared the work; the peak is that of the largest.
         verification: What the fresh process found, or why it did not run.
         files: Name -> SHA-256 of every other file of the result.
     """
@@ -86,6 +87,7 @@ class RunReport:
     seconds: float = 0.0
     peak_rss: int = 0
     resumed_at: int = 0
+    processes: int = 1
     verification: dict[str, Any] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
 

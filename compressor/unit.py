@@ -33,7 +33,18 @@ class Unit:
 
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> Unit:
-        """Rebuild a unit from its journal line (`dataclasses.asdict` of it)."""
+        """Rebuild a unit from its journal line (`dataclasses.asdict` of it).
+
+        Raises:
+            ValueError: The line is not one; nothing in it is taken on trust.
+        """
+        try:
+            return cls._from_json(entry)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"not a unit: {error}") from error
+
+    @classmethod
+    def _from_json(cls, entry: dict[str, Any]) -> Unit:
         streams = {name: saved for name, data in entry["streams"].items() if (saved := _boundary(data)) is not None}
         rows = [Row(**row) for row in entry["rows"]]
         probe, events, metrics = _boundary(entry["probe"]), entry["events"], entry["metrics"]

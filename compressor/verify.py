@@ -116,6 +116,28 @@ def verify(
     return result
 
 
+def confirm(out: Path, probe: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
+    """Verify what was just written; a result that cannot be trusted is made unloadable before the error goes on.
+
+    Returns:
+        What a report says about it.
+
+    Raises:
+        VerificationError: It does not load, or its output is another one.
+    """
+    try:
+        result = verify(out, probe, trust_remote_code=trust_remote_code)
+        if not result.ok:
+            differ = f"reloaded logits differ by {result.relative_error:.2e}, allowed is {result.tolerance:.0e}"
+            raise VerificationError(
+                f"{out}: {result.error or differ}", "this is a bug: please report it with the model's config.json"
+            )
+    except CompressorError:
+        (out / "config.json").replace(out / "config.json.failed")
+        raise
+    return result.to_json()
+
+
 def check(folder: Path, probe: Path, *, trust_remote_code: bool = False) -> VerificationResult:
     """Verify a checkpoint in this process; what the fresh process does.
 

@@ -98,6 +98,11 @@ def reason_to_keep(ref: WeightRef) -> str | None:
     return None
 
 
+def can_be_chosen(ref: WeightRef) -> bool:
+    """Return whether a tensor that stays dense by itself can be given a format by name: embeddings, the output head."""
+    return ref.part is None and ref.block == OUTSIDE and ref.kind in (Kind.EMBEDDING, Kind.LINEAR)
+
+
 def natural_key(name: str) -> list[tuple[int, str]]:
     """Sort key that puts expert 2 before expert 10."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]

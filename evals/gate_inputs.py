@@ -12,7 +12,7 @@ from compressor.evals.results import Evaluation, TaskResult
 ALIASES = {"ppl": "perplexity", "nll": "perplexity.nll", "agreement": "kl.agreement"}
 """Short names; a task of that very name in the evaluation comes first."""
 
-MEASURED_AGAINST_BASELINE = ("kl", "routers")
+MEASURED_AGAINST_BASELINE = ("kl", "routers", "embeddings")
 """The task whose values compare the model with its own baseline."""
 
 

@@ -27,7 +27,17 @@ from compressor.evals.confidence import Array, Confidence, mean_confidence, shar
 from compressor.evals.results import Estimate, Samples, weighted_mean
 
 NOT_SHARES = frozenset(
-    ("nll", "kl", "perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "brier_score", "loglikelihood")
+    (
+        "nll",
+        "kl",
+        "perplexity",
+        "word_perplexity",
+        "byte_perplexity",
+        "bits_per_byte",
+        "brier_score",
+        "loglikelihood",
+        "cosine",
+    )
 )
 """Metrics that are no share of anything, even where all their values happen to lie between 0 and 1."""
 

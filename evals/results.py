@@ -14,9 +14,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from compressor.errors import CheckpointError, disk_error
-from compressor.files import replace_text
+from compressor.files import read_bounded, replace_text
 
 SCHEMA = "compressor-eval/1"
+MAX_BYTES = 64 << 20
+"""Of an evaluation file that is read: some half a million documents."""
+LARGEST = 1e100
+"""No score is larger, and squares of such numbers can still be added."""
+MAX_WEIGHT = 2**53
+"""Whole numbers up to here are exact as floats."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +141,7 @@ class Evaluation:
         seed: Seed of few-shot choices.
         tasks: Task name -> result.
         timing: Seconds and the like; the only part that differs between two runs.
+        saturation: What static scales of inputs cut off, as `Saturation.to_json`; None if there are none.
     """
 
     model: Model
@@ -143,10 +150,12 @@ class Evaluation:
     seed: int
     tasks: Mapping[str, TaskResult]
     timing: Mapping[str, Any] = field(default_factory=dict)
+    saturation: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data."""
         return {
+            **({} if self.saturation is None else {"saturation": dict(self.saturation)}),
             "schema": SCHEMA,
             "model": self.model.to_json(),
             "baseline": None if self.baseline is None else self.baseline.to_json(),
@@ -183,7 +192,7 @@ class Evaluation:
         schema = reader.mapping(data, "").get("schema")
         if schema != SCHEMA:
             reader.fail("schema", f"is {schema!r}, this version reads {SCHEMA!r}")
-        top = reader.fields(data, names, "")
+        top = reader.fields(data, names, "", optional=("saturation",))
         baseline = top["baseline"]
         versions, tasks = (reader.mapping(top[name], name) for name in ("versions", "tasks"))
         return cls(
@@ -193,6 +202,7 @@ class Evaluation:
             seed=reader.integer(top["seed"], "seed"),
             tasks={name: reader.task(task, f"tasks.{name}") for name, task in tasks.items()},
             timing=reader.mapping(top["timing"], "timing"),
+            saturation=reader.mapping(top["saturation"], "saturation") if "saturation" in top else None,
         )
 
     @classmethod
@@ -204,15 +214,16 @@ class Evaluation:
         """
         path = Path(path)
         try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "not text"
+            text = read_bounded(path, MAX_BYTES)
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            reason = "not text" if isinstance(error, UnicodeDecodeError) else reason
             raise CheckpointError(
                 f"{path}: cannot be read: {reason}", "give a file that compress eval wrote"
             ) from error
         try:
             data = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path}: not JSON: {error}", "run compress eval again") from error
         return cls.from_json(data, str(path))
 
@@ -283,8 +294,10 @@ class _Reader:
         if not isinstance(data, int | float) or isinstance(data, bool):
             self.fail(path, f"is {_kind(data)}, not a number")
         assert isinstance(data, int | float)
-        if not math.isfinite(data):
+        if isinstance(data, float) and not math.isfinite(data):
             self.fail(path, f"is {data}, not finite")
+        if abs(data) > LARGEST:
+            self.fail(path, "is too large for a score")
         return float(data)
 
     def array(self, data: object, path: str) -> list[Any]:
@@ -336,6 +349,8 @@ class _Reader:
         for index, weight in enumerate(weights):
             if weight < 1:
                 self.fail(f"{path}.weight[{index}]", f"is {weight}, not at least 1")
+            if weight > MAX_WEIGHT:
+                self.fail(f"{path}.weight[{index}]", f"is more than {MAX_WEIGHT}")
         group = tuple(self.string(item, f"{path}.group[{i}]") for i, item in enumerate(columns.get("group", [])))
         labels = group or ("",) * len(ids)
         if len(set(zip(labels, ids, strict=True))) < len(ids):

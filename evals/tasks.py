@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from compressor.errors import CheckpointError, RecipeError, did_you_mean
+from compressor.yaml_text import read_yaml
 
 SUITES = Path(__file__).parent / "suites"
 PAIRS = "minimal-pairs"
@@ -18,13 +18,18 @@ PAIRS_YAML = SUITES / "tasks" / f"{PAIRS}.yaml"
 PAIRS_PER_PHENOMENON = 10
 """Pairs taken of each phenomenon of a user's file; the first ones."""
 
-AGAINST_BASELINE = ("kl", "routers")
+EMBEDDINGS = "embeddings"
+SENTENCES = 512
+"""Sentences embedded unless `--limit` says otherwise."""
+
+AGAINST_BASELINE = ("kl", "routers", EMBEDDINGS)
 """Tasks that are computed while both models run, and that the original alone has no result of."""
 
 BUILT_IN = {
     "perplexity": "how well each model predicts a text (--text, --max-tokens, --context)",
     "kl": "KL divergence to the baseline and top-1 agreement on the same text; needs a baseline",
     "routers": "choices of experts: agreement with the baseline's, KL, load; for mixtures of experts, with a baseline",
+    EMBEDDINGS: "cosine of sentence embeddings with the baseline's, and nearest neighbours kept; for encoders",
     PAIRS: "40 pairs of sentences that come with the package: which one is right?",
     f"{PAIRS}:FILE.jsonl": "the same for your pairs (uid, good, bad), 10 of each uid",
 }
@@ -86,6 +91,7 @@ def choose(
     *,
     has_baseline: bool,
     has_experts: bool = False,
+    headless: bool = False,
     num_fewshot: int | None = None,
     limit: int | None = None,
 ) -> tuple[TaskSpec, ...]:
@@ -93,10 +99,11 @@ def choose(
 
     Args:
         names: Task names and paths; None means none beside a suite, else perplexity, and KL if there is a baseline, and
-            routers if there are experts too.
+            routers if there are experts too; for models without a head the cosine of embeddings.
         suite: Name of a suite or path of its YAML.
         has_baseline: Whether there is a model to compare with.
         has_experts: Whether the models are mixtures of experts.
+        headless: Whether the model is one without a head, which predicts no tokens.
         num_fewshot: Overrides that of every lm-eval task.
         limit: Overrides that of every lm-eval task.
 
@@ -106,7 +113,9 @@ def choose(
     """
     chosen = list(_of_suite(read_suite(suite), Path(suite).parent)) if suite else []
     if names is None and not suite:
-        names = ("perplexity", *(AGAINST_BASELINE if has_experts else ("kl",))) if has_baseline else ("perplexity",)
+        names = ("perplexity", "kl") if has_baseline else ("perplexity",)
+        names = (*names, "routers") if has_baseline and has_experts else names
+        names = (EMBEDDINGS,) if headless else names
     chosen += [_spec(name, Path()) for name in names or ()]
     if not chosen:
         raise RecipeError("no task is named", "give --tasks perplexity, or see compress eval --list")
@@ -120,6 +129,9 @@ def choose(
             )
         if spec.name == "routers" and not has_experts:
             raise RecipeError("routers: the model has no experts", "leave the task out")
+        if headless != (spec.name == EMBEDDINGS):
+            problem = "predicts no tokens" if headless else "has a head: what it predicts is what to compare"
+            raise RecipeError(f"{spec.name}: the model {problem}", f"use --tasks {EMBEDDINGS if headless else 'kl'}")
     return tuple(_overridden(spec, num_fewshot, limit) for spec in chosen)
 
 
@@ -136,21 +148,20 @@ def read_suite(name: str) -> Suite:
         if not path.is_file():
             raise did_you_mean("suite", name, (suite.name for suite in suites()))
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return Suite.model_validate(data)
+        return Suite.model_validate(read_yaml(path))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}", "check the path") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: not YAML: {' '.join(str(error).split())}", "see docs/evaluation.md") from error
-    except ValidationError as error:
+    except ValidationError as error:  # a ValueError, too
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the content"
         raise RecipeError(f"{path}: {where}: {first['msg']}", "a suite has name, description and tasks") from error
+    except ValueError as error:
+        raise RecipeError(f"{path}: not YAML: {error}", "see docs/evaluation.md") from error
 
 
 def suites() -> list[Suite]:
     """Return the suites that come with the package."""
-    return [Suite.model_validate(yaml.safe_load(path.read_text("utf-8"))) for path in sorted(SUITES.glob("*.yaml"))]
+    return [Suite.model_validate(read_yaml(path)) for path in sorted(SUITES.glob("*.yaml"))]
 
 
 def _of_suite(suite: Suite, folder: Path) -> Iterable[TaskSpec]:
@@ -179,7 +190,9 @@ def _spec(name: str, folder: Path) -> TaskSpec:
 
 
 def _overridden(spec: TaskSpec, num_fewshot: int | None, limit: int | None) -> TaskSpec:
-    """Replace settings that are given; text tasks have none of them."""
+    """Replace settings that are given; text tasks have none of them, but embeddings have so many sentences."""
+    if spec.name == EMBEDDINGS:
+        return replace(spec, limit=spec.limit if limit is None else limit)
     if spec.kind is Kind.TEXT:
         return spec
     return replace(

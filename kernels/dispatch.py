@@ -18,6 +18,7 @@ from torch import Tensor
 from compressor.errors import RecipeError, UnsupportedError
 from compressor.formats.base import PackedTensor, QuantFormat, group_setting
 from compressor.kernels.cpu import kernel as cpu
+from compressor.kernels.cpu import table
 from compressor.kernels.gpu import kernel as triton
 from compressor.kernels.reference.linear import packed_linear
 
@@ -100,6 +101,7 @@ KERNELS: tuple[Kernel, ...] = (
     Kernel("triton", triton.accepts, triton.run, triton.prepare),
     Kernel("cpu-packed", cpu.accepts_few, cpu.run, cpu.prepare),
     Kernel("cpu-decode", cpu.accepts, cpu.run_decoded, cpu.prepare_decoded),
+    Kernel("cpu-table", table.accepts, table.run, table.prepare),
     Kernel("reference", _accepts_all, packed_linear),
 )
 

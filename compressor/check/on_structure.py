@@ -18,7 +18,10 @@ _EXPERT = re.compile(r"(.*)\.(\d+)\.([^.]+)")
 
 
 def tied_head(checkpoint: Checkpoint) -> Iterator[Finding]:
-    """A tied output head has no weight of its own: it must be in `ignore`, and not stored quantized."""
+    """A tied output head has no weight of its own: it must be in `ignore`, and not stored quantized.
+
+    The table it is tied to may be, in native checkpoints: there both read the packed one.
+    """
     model, groups = _model(checkpoint), checkpoint.groups
     if groups is None:
         return
@@ -32,7 +35,8 @@ def tied_head(checkpoint: Checkpoint) -> Iterator[Finding]:
                     f"is tied to {other}, but config_groups.{group} targets it: loading fails",
                     'add it to "ignore" in config.json',
                 )
-        for module in {head, other.removesuffix(".weight")} & checkpoint.modules.keys():
+        table = other.removesuffix(".weight")
+        for module in ({head} if groups.native else {head, table}) & checkpoint.modules.keys():
             yield error(module, f"is stored quantized, but {name} and {other} are tied", "store one dense copy")
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from compressor.calibration.kv_cache import SCALES as CACHE_SCALES
 from compressor.check.checkpoint import DENSE, Checkpoint, Module
 from compressor.check.finding import Finding, error
+from compressor.checkpoint.operands import SLOT, SUFFIX
 from compressor.errors import CompressorError, UnsupportedError
 from compressor.plan import Kind
 from compressor.runtime.layout import unexplained
@@ -82,6 +83,14 @@ def names(checkpoint: Checkpoint) -> Iterator[Finding]:
     assert not isinstance(model, CompressorError)
     covered, unexpected, wrong = set(), set(), []
     cache = bool(checkpoint.section and checkpoint.section.get("kv_cache_scheme"))
+    rounded = checkpoint.section.get("attention") if checkpoint.section else None
+    operands = {f"{module}.{SUFFIX}" for module in (rounded or {}).get("modules", ())}
+    for name in sorted(operands):
+        have = checkpoint.tensors[name].shape if name in checkpoint.tensors else None
+        if have != SLOT.shape:
+            said = "is missing: the config rounds what it multiplies"
+            said = said if have is None else f"is {list(have)}, not {list(SLOT.shape)}"
+            wrong.append(error(name, said, "the checkpoint is incomplete or damaged"))
     for name, target in model.targets.items():
         module = name.removesuffix(".weight")
         if target.param is not None:
@@ -90,7 +99,7 @@ def names(checkpoint: Checkpoint) -> Iterator[Finding]:
                 have, need = checkpoint.tensors[name].shape, tuple(model.expected[target.param].shape)
                 if have != need:
                     wrong.append(error(name, f"is {list(have)}, the model needs {list(need)}", "wrong config.json?"))
-        elif not (cache and name.rpartition(".")[2] in CACHE_SCALES):
+        elif name not in operands and not (cache and name.rpartition(".")[2] in CACHE_SCALES):
             codes = checkpoint.modules[module].codes if module in checkpoint.modules else None
             unexpected.add(codes.name if codes else name)
     for stored in checkpoint.modules.values():

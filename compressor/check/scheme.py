@@ -85,6 +85,8 @@ class Scheme:
     @property
     def symmetric(self) -> bool:
         """Whether zero is always the middle code, so that no zero points are stored."""
+        if self.native:
+            return bool(getattr(self.native, "symmetric", True))
         return bool(self.weights.get("symmetric", True))
 
     @property

@@ -120,6 +120,35 @@ class DataFlow:
                 self._pass(use, tensor, numbers, channels, linears, stops, route, queue)
         return route
 
+    def added_and_read(self, start: Tensor, linears: Mapping[str, Any]) -> list[str]:
+        """Return the linear modules that read a tensor `[..., channels]` if it is read by such and added, no more.
+
+        Args:
+            start: The output of a module.
+            linears: Linear modules by name, with their `in_features`.
+
+        Returns:
+            Their names, in order of use; none if anything else happens to the tensor, or it is not added.
+        """
+        width = start.shape[-1] if start.ndim else 0
+        numbers = _like(start, torch.arange(width, dtype=torch.int32).expand(start.shape))
+        readers: list[str] = []
+        added = False
+        for use in self._uses.get(_key(start), []):
+            mine = [i for i, arg in enumerate(use.inputs) if isinstance(arg, Tensor) and _key(arg) == _key(start)]
+            if len(mine) != 1 or use.in_place:
+                return []
+            arg = use.inputs[mine[0]]
+            seen = torch.as_strided(numbers, arg.shape, arg.stride(), arg.storage_offset())
+            in_order = arg.shape[-1] == width and bool((seen == torch.arange(width, dtype=torch.int32)).all())
+            if use.module in linears and use.op in ("mm", "addmm") and _reads_rows(use, mine[0]) and in_order:
+                readers.append(use.module)
+            elif use.op == "add":
+                added = True
+            else:
+                return []
+        return readers if added else []
+
     def _pass(
         self,
         use: Use,

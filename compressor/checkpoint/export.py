@@ -24,7 +24,7 @@ from compressor.formats.base import QuantFormat
 from compressor.formats.native import MODEL_TYPE_PREFIX, QUANT_METHOD, native_entry
 from compressor.formats.pruned import PRUNED
 from compressor.formats.schemes import KV_SCHEME
-from compressor.plan import Kind, LayerPlan, Plan
+from compressor.plan import Kind, LayerPlan, Operand, Plan
 
 NOT_COPIED_SUFFIXES = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt"),
@@ -62,11 +62,13 @@ def result_config(source: dict[str, Any], plan: Plan, format_of: FormatOf, model
 
 
 def is_native(plan: Plan, format_of: FormatOf) -> bool:
-    """Return whether something has no place in a compressed-tensors checkpoint: format, inputs, or convolutions."""
-    if any(layer.ref.kind is Kind.CONV for layer in plan.compressed):
+    """Return whether something has no place in compressed-tensors: format, inputs, attention, convolution, table."""
+    if any(layer.ref.kind in (Kind.CONV, Kind.EMBEDDING) for layer in plan.compressed):
         return True
     if len({(layer.format, layer.group_size, layer.inputs) for layer in plan.compressed if layer.ref.role}) > 1:
         return True  # readers choose one scheme for the experts of all layers
+    if plan.operand_format(Operand.QUERY_KEY):
+        return True
     return any(format_of(layer).container is None or not is_plain(layer.steps) for layer in plan.compressed)
 
 
@@ -82,7 +84,10 @@ def native_config(plan: Plan, format_of: FormatOf) -> dict[str, Any]:
     entries = list(dict.fromkeys(formats.values()))
     treatments = [list(layer.steps) for layer in plan.compressed if layer.steps]
     inputs = [steps for index, steps in enumerate(treatments) if steps not in treatments[:index]]
+    rounded = [site for site in plan.sites if site.format and site.operand is Operand.QUERY_KEY]
+    attention = {"format": rounded[0].format, "modules": [site.module for site in rounded]} if rounded else None
     return {
+        **({"attention": attention} if attention else {}),
         "quant_method": QUANT_METHOD,
         "version": 1,
         "formats": [native_entry(fmt) for fmt in entries],
@@ -127,7 +132,7 @@ def compressed_tensors_config(plan: Plan, format_of: FormatOf, model: nn.Module)
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": sorted((linears | kept) - compressed),
-        "kv_cache_scheme": dict(KV_SCHEME) if any(site.format for site in plan.sites) else None,
+        "kv_cache_scheme": dict(KV_SCHEME) if plan.operand_format(Operand.KV_CACHE) else None,
         "global_compression_ratio": None,
         "sparsity_config": {},
         "transform_config": {},

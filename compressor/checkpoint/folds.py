@@ -31,10 +31,13 @@ class Found:
     Attributes:
         folds: In the order their producers run.
         unfolded: Compressed tensor -> why it is in no fold.
+        norms: Compressed tensor in no fold -> the norm whose output it reads, where nothing else happens to that output
+            than being read by such layers and added to something.
     """
 
     folds: tuple[Fold, ...]
     unfolded: dict[str, str]
+    norms: dict[str, str] = field(default_factory=dict)
 
 
 def find_folds(blocks: BlockSequence, layers: Iterable[LayerPlan], kinds: Collection[FoldKind]) -> Found:
@@ -150,7 +153,24 @@ class _Search:
             for layer in self.layers
             if layer.format and layer.ref.name not in self.taken
         }
-        return Found(tuple(self.folds), unfolded)
+        return Found(tuple(self.folds), unfolded, self._norms(unfolded))
+
+    def _norms(self, unfolded: Collection[str]) -> dict[str, str]:
+        """Return the norms in front of layers that are in no fold; see `Found.norms`."""
+        out: dict[str, str] = {}
+        for name, outputs in self.flow.outputs.items():
+            module = self.blocks.model.get_submodule(name)
+            weight = getattr(module, "weight", None)
+            if name in self.linears or not isinstance(weight, nn.Parameter) or weight.ndim != 1 or len(outputs) != 1:
+                continue
+            entries = [
+                self.whole.get(f"{reader}.weight") for reader in self.flow.added_and_read(outputs[0], self.linears)
+            ]
+            readers = [entry.ref.name for entry in entries if entry is not None]
+            # A reader that stays dense reads the same tensor as it is, and does so still.
+            if norm_offset(module) is not None:
+                out |= dict.fromkeys((reader for reader in readers if reader in unfolded), name)
+        return out
 
     def try_module(self, name: str, block: int) -> None:
         """Add the fold that starts at a module, if there is one; else remember why for the layers it feeds."""

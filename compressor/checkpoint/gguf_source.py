@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import psutil  # type: ignore[import-untyped]
 
 from compressor.checkpoint.cache import cache_root, is_intact, locked, publishing
+from compressor.checkpoint.gguf_header import check_header
 from compressor.errors import CheckpointError, CompressorError, ResourceError, UnsupportedError
 from compressor.files import sha256_file
 
@@ -122,6 +123,7 @@ def read_contents(path: Path) -> Contents:
     """
     import gguf
 
+    check_header(path)
     try:
         reader: Any = gguf.GGUFReader(path)
         architecture = str(reader.get_field("general.architecture").contents())

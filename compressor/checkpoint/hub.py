@@ -126,7 +126,7 @@ def refuse_names(repo: str, names: Sequence[str]) -> None:
     if found := ending(*PICKLES):
         raise CheckpointError(
             f"{repo}: only pickled weights ({_some(found)}), which can run code when opened; nothing was fetched",
-            "look for a revision with safetensors (id@refs/pr/N), or convert it where you trust it",
+            "look for a revision with safetensors (id@refs/pr/N), or download it and use --allow-pickle on the folder",
         )
     raise CheckpointError(f"{repo}: no safetensors file among its {len(names)} files", "is this a transformers model?")
 

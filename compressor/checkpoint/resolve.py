@@ -14,10 +14,11 @@ from compressor.offline import forbidden_by
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 
 
-def resolve_model(name: str, trust_remote_code: bool = False) -> tuple[Path, str | None]:
+def resolve_model(name: str, trust_remote_code: bool = False, allow_pickle: bool = False) -> tuple[Path, str | None]:
     """Return the folder of a model and the commit it is pinned to (Hub ids only).
 
-    A GGUF file is converted into the cache first; the folder is that of the conversion.
+    A GGUF file is converted into the cache first; the folder is that of the conversion. So is a folder of pickled
+    weights, with `allow_pickle` (see `pickled`); of the Hub only safetensors are ever fetched.
 
     Raises:
         CheckpointError: There is no such folder, or what is there is no checkpoint.
@@ -32,6 +33,11 @@ def resolve_model(name: str, trust_remote_code: bool = False) -> tuple[Path, str
     if path.is_file():
         raise CheckpointError(f"{name}: is a file, but no GGUF file", "give the folder that holds config.json")
     if path.exists():
+        if allow_pickle and path.is_dir():
+            # Imported here: it takes torch, and few models are pickled.
+            from compressor.checkpoint.pickled import is_pickled, resolve_pickled
+
+            return (resolve_pickled(path) if is_pickled(path) else path), None
         return path, None
     if path.suffix == ".gguf":
         raise CheckpointError(f"{name}: no such file", "check the path")

@@ -10,13 +10,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import struct
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from compressor.checkpoint.source import DTYPE_NAMES, INDEX, SINGLE
@@ -74,7 +78,9 @@ class Sink:
         for shard in range(len(self.shards)):
             path = self._path(shard)
             if path.exists():
-                continue
+                if self._has_header(shard):
+                    continue
+                path.unlink()
             part = path.with_name(f"{path.name}.new")
             try:
                 with part.open("wb") as file:
@@ -86,6 +92,14 @@ class Sink:
                 part.unlink(missing_ok=True)
                 raise disk_error(error, self.out) from error
             part.replace(path)
+
+    def _has_header(self, shard: int) -> bool:
+        """Return whether a shard of an earlier run has its size and header; units have hashes, these have none."""
+        path, header = self._path(shard), self._headers[shard]
+        if path.stat().st_size != self._sizes[shard]:
+            return False
+        with path.open("rb") as file:
+            return file.read(len(header)) == header
 
     def write(self, tensors: Mapping[str, Tensor]) -> str:
         """Write one unit's tensors at their places and return the unit's SHA-256, once they are on the disk.
@@ -114,16 +128,17 @@ class Sink:
             raise disk_error(error, self.out) from error
         finally:
             for file in files.values():
-                file.close()
+                with suppress(OSError):  # what could not be written is tried once more, and has been said
+                    file.close()
         return digest.hexdigest()
 
     def unit_hash(self, names: list[str]) -> str | None:
-        """Return the SHA-256 of what is on disk for these tensors; None if a shard is missing or has another size."""
+        """Return the SHA-256 of what is on disk for these tensors; None if a shard is missing or not the plan's."""
         digest = hashlib.sha256()
         for name in sorted(names):
             place = self.places[name]
             path = self._path(place.shard)
-            if not path.is_file() or path.stat().st_size != self._sizes[place.shard]:
+            if not path.is_file() or not self._has_header(place.shard):
                 return None
             with path.open("rb") as file:
                 file.seek(place.offset)
@@ -166,7 +181,7 @@ class Journal:
         for line in whole.splitlines():
             try:
                 entries.append(json.loads(line))
-            except ValueError:
+            except (ValueError, RecursionError):
                 return []  # not our writing: the caller starts again
         return entries
 
@@ -184,6 +199,24 @@ class Journal:
 def tensor_bytes(tensor: Tensor) -> bytes:
     """Return a tensor's content as little-endian bytes, as safetensors stores it."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        ResourceError: The disk is full or the folder not writable.
+    """
+    try:
+        save_file(dict(tensors), path, metadata=metadata)
+    except OSError as error:
+        raise disk_error(error, path) from error
+    except SafetensorError as error:  # the number of what the system said is in the words
+        found = re.search(r"os error (\d+)", str(error))
+        if found is None:
+            raise
+        number = int(found[1])
+        raise disk_error(OSError(number, os.strerror(number)), path) from error
 
 
 def write_json(path: Path, data: object) -> None:

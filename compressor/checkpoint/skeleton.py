@@ -29,6 +29,7 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig
 
+from compressor.checkpoint.building import building, check_numbers
 from compressor.checkpoint.custom_code import custom_class, needs_code
 from compressor.checkpoint.cuts import apply_cuts, cuts_of
 from compressor.checkpoint.source import read_json
@@ -83,11 +84,12 @@ class Skeleton:
         cls_ = model_class(path, config, trust_remote_code)
         if getattr(config, "is_encoder_decoder", False):
             raise UnsupportedError(f"{cls_.__name__}: encoder-decoder models have two block stacks; not supported yet")
-        with torch.device(META), quiet():
-            model = cls_(config)
-        apply_cuts(model, cuts_of(read_json(path / "config.json")))
-        skeleton = cls(model.eval(), device or torch.device("cpu"))
-        skeleton._rebuild_buffers()
+        with building(path):
+            with torch.device(META), quiet():
+                model = cls_(config)
+            apply_cuts(model, cuts_of(read_json(path / "config.json")))
+            skeleton = cls(model.eval(), device or torch.device("cpu"))
+            skeleton._rebuild_buffers()
         return skeleton
 
     def targets(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Target]:
@@ -141,14 +143,14 @@ class Skeleton:
         return None if value.is_meta else value
 
     def free(self, params: Iterable[str]) -> None:
-        """Give the memory of these parameters back."""
+        """Give the memory of these parameters back; buffers that are computed stay, whatever files hold of them."""
         for name in params:
             parent, _, leaf = name.rpartition(".")
             module = self.model.get_submodule(parent)
             parameter, buffer = module._parameters.get(leaf), module._buffers.get(leaf)
             if parameter is not None:
                 module._parameters[leaf] = nn.Parameter(torch.empty_like(parameter, device=META), requires_grad=False)
-            elif buffer is not None:
+            elif buffer is not None and leaf not in module._non_persistent_buffers_set:
                 module._buffers[leaf] = torch.empty_like(buffer, device=META)
 
     def part(self, param: str, where: Where) -> Tensor:
@@ -186,8 +188,9 @@ def model_class(path: Path, config: Any, trust_remote_code: bool = False) -> typ
         CheckpointError: None is named.
         UnsupportedError: transformers has no such class, and code of the checkpoint's own may not run.
     """
-    name = (config.architectures or [None])[0]
-    if name is None:
+    names = config.architectures
+    name = names[0] if isinstance(names, list) and names else None
+    if not isinstance(name, str):
         raise CheckpointError(f"{path / 'config.json'}: names no architecture", 'add "architectures": ["ClassName"]')
     content = read_json(path / "config.json")
     if needs_code(content, path, trust_remote_code):
@@ -208,10 +211,15 @@ def read_config(path: Path, trust_remote_code: bool = False) -> Any:
         CheckpointError: transformers rejects it.
         UnsupportedError: It needs code of the checkpoint's own, which may not run.
     """
-    code = needs_code(read_json(path / "config.json"), path, trust_remote_code)
+    content = read_json(path / "config.json")
+    check_numbers(content, path / "config.json")
+    code = needs_code(content, path, trust_remote_code)
     try:
         with quiet():
-            return AutoConfig.from_pretrained(path, trust_remote_code=code)
+            config = AutoConfig.from_pretrained(path, trust_remote_code=code)
+        # A file may name kernels of the Hub here, which transformers would fetch and run.
+        config._attn_implementation = config._experts_implementation = None
+        return config
     except Exception as error:  # transformers raises whatever the config's fields provoke
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{path / 'config.json'}: {reason}", "is it a transformers config?") from error

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from compressor.errors import CheckpointError, UnsupportedError
-from compressor.files import sha256_file
+from compressor.files import read_bounded, sha256_file
 from compressor.formats.base import Slot
 
 DTYPES: dict[str, torch.dtype] = {
@@ -54,6 +54,9 @@ PROVENANCE = "compress_source.json"
 """Beside a checkpoint this package converted: `{"notes": [...]}`, which belong into every report about it."""
 MAX_JSON_BYTES = 64 << 20
 """A config or index larger than this is not one; the bound keeps memory bounded on hostile input."""
+
+MAX_NAME_BYTES = 255
+"""Of a file's name, on every common file system."""
 
 
 @dataclass(frozen=True)
@@ -180,9 +183,9 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: Missing, too large, not UTF-8, not JSON, or not an object.
     """
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
+        if path.is_file() and path.stat().st_size > MAX_JSON_BYTES:
             raise CheckpointError(f"{path}: {path.stat().st_size} bytes is no config", "is this the right folder?")
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(read_bounded(path, MAX_JSON_BYTES))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file", "is this a Hugging Face checkpoint folder?") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -200,6 +203,11 @@ def read_notes(path: Path) -> tuple[str, ...]:
     return tuple(str(note) for note in notes) if isinstance(notes, list) else ()
 
 
+def is_plain_name(name: str) -> bool:
+    """Return whether a name from a file can be that of a file in the same folder, on any file system."""
+    return name.isprintable() and len(name.encode()) <= MAX_NAME_BYTES and Path(name).name == name
+
+
 def indexed_files(path: Path) -> list[str]:
     """Return the shards a folder's index names, sorted; they need not be there.
 
@@ -211,7 +219,7 @@ def indexed_files(path: Path) -> list[str]:
         raise CheckpointError(f"{path / INDEX}: no weight_map", "download it again")
     files = sorted({str(file) for file in weight_map.values()})
     for file in files:
-        if Path(file).name != file or not file.endswith(".safetensors"):
+        if not is_plain_name(file) or not file.endswith(".safetensors"):
             raise CheckpointError(f"{INDEX}: shard {file!r} is not a file of this folder", "do not trust this one")
     return files
 
@@ -237,7 +245,7 @@ def shard_files(path: Path) -> list[str]:
     if pickles:
         raise CheckpointError(
             f"{path}: only pickled weights ({pickles[0]}), which can run code when opened",
-            "convert it: load it where you trust it and save_pretrained(..., safe_serialization=True)",
+            "allow it: compress quantize --allow-pickle reads plain tensors and runs nothing; or ask for safetensors",
         )
     raise CheckpointError(f"{path}: no safetensors file", "is this a Hugging Face checkpoint folder?")
 

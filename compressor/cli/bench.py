@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 def bench(
     model: Annotated[str, typer.Argument(metavar="DIR", help="Checkpoint, or a model by its name.")],
-    baseline: Annotated[str | None, typer.Option("--baseline", "-b", help="The original; default: from DIR.")] = None,
+    baseline: Annotated[str | None, typer.Option("--baseline", "-b", help="The original.")] = None,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 512,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens generated after it.")] = 64,
     batch: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 1,
     dtype: Annotated[str, typer.Option(help="auto (as DIR is stored), float32, bfloat16 or float16.")] = "auto",
     repeats: Annotated[int, typer.Option(min=1, help="Rounds of each model in turn; medians count.")] = 5,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
-    threads: Annotated[int | None, typer.Option(min=1, help="Processor threads; default: as PyTorch chooses.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Processor threads.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for compress_bench.json.")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Run model code that comes with the checkpoints.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,

@@ -1,7 +1,8 @@
-"""`compress check DIR [--for READER]`."""
+"""`compress check DIR [--for READER]`, and without `DIR` what this machine is."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,7 +10,7 @@ import typer
 from rich.text import Text
 
 from compressor.cli.render import STDOUT, RichProgress, duration, print_json, table
-from compressor.errors import did_you_mean
+from compressor.errors import RecipeError, did_you_mean
 
 if TYPE_CHECKING:
     from compressor.check import CheckReport, Finding
@@ -23,7 +24,10 @@ _MARKS = {"ok": "ok", "error": "ERROR", "warning": "warn", "skipped": "-"}
 
 
 def check(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Checkpoint folder.")],
+    directory: Annotated[
+        Path | None,
+        typer.Argument(metavar="[DIR]", help="Checkpoint folder; without one: this machine, for bug reports."),
+    ] = None,
     reader: Annotated[
         str | None,
         typer.Option("--for", metavar="READER", help="transformers or vllm: what it cannot load is an error."),
@@ -34,7 +38,15 @@ def check(
     json_: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress; show only what is wrong.")] = False,
 ) -> None:
-    """Check a finished checkpoint: can it be trusted, and who can load it. Ends with 7 if it cannot be trusted."""
+    """Check a finished checkpoint: can it be trusted, and who can load it. Ends with 7 if it cannot be trusted.
+
+    Without a folder it reports versions, devices, kernels and free space, as Markdown.
+    """
+    if directory is None:
+        if reader is not None or quick:
+            raise RecipeError(f"{'--for' if reader else '--quick'} needs a checkpoint folder", "compress check DIR")
+        doctor(device, json_)
+        return
     if reader not in (None, *READERS):
         raise did_you_mean("reader", str(reader), READERS)
     from compressor.check import check as run
@@ -54,6 +66,18 @@ def check(
     else:
         show(report, quiet)
     report.raise_for_errors()
+
+
+def doctor(device: str, json_: bool) -> None:
+    """Print what this machine and installation are."""
+    from compressor.check.doctor import examine
+    from compressor.environment import pick_device
+
+    environment = examine(pick_device(device))
+    if json_:
+        print_json(environment.to_json())
+    else:
+        sys.stdout.write(environment.to_markdown() + "\n")  # not drawn: it is to be pasted
 
 
 def show(report: CheckReport, quiet: bool) -> None:

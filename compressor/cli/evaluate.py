@@ -21,20 +21,23 @@ TEXT_TASKS = ("perplexity", "kl", "routers")
 
 def evaluate(
     model: Annotated[str | None, typer.Argument(metavar="DIR", help="Checkpoint, or a model by its name.")] = None,
-    baseline: Annotated[str | None, typer.Option("--baseline", "-b", help="The original; default: from DIR.")] = None,
+    baseline: Annotated[str | None, typer.Option("--baseline", "-b", help="The original.")] = None,
     tasks: Annotated[
-        str | None, typer.Option(help="Names separated by commas, see --list; default: perplexity and kl.")
+        str | None,
+        typer.Option(help="Names separated by commas, see --list."),
     ] = None,
     suite: Annotated[str | None, typer.Option(help="Suite of tasks: its name, or a YAML file.")] = None,
     text: Annotated[str, typer.Option(help="Preset, .txt or .jsonl; presets use their held-out half.")] = "python-docs",
     max_tokens: Annotated[int, typer.Option(min=2, help="Tokens of the text to score.")] = 8192,
-    context: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 1024,
+    context: Annotated[int, typer.Option(min=2, help="Tokens per window, or of a sentence.")] = 1024,
     num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples in lm-eval prompts.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Documents per lm-eval task, the first ones.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Documents per lm-eval task, or sentences, the first ones.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of few-shot choices.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Requests per forward pass of lm-eval tasks.")] = 8,
     cache: Annotated[bool, typer.Option("--cache/--no-cache", help="Keep and reuse the original's results.")] = True,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the JSON; default: DIR.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the JSON.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     trust_remote_code: Annotated[bool, typer.Option(help="Run model code that comes with the checkpoints.")] = False,
     list_: Annotated[bool, typer.Option("--list", help="List tasks and suites, and do nothing else.")] = False,
@@ -122,6 +125,11 @@ def _footer(result: Evaluated) -> list[str]:
     cached = (result.baseline.timing if result.baseline else {}).get("cached") or []
     if cached:
         lines.append(f"of the original, from the cache: {', '.join(cached)}")
+    if (cut := result.model.saturation) is not None:
+        most = f", most in {cut['worst']} ({100 * cut['worst_share']:.2g} %)" if cut["worst"] else ""
+        lines.append(
+            f"{100 * cut['share']:.2g} % of the inputs of {cut['layers']} layers lie beyond their static scales{most}"
+        )
     took = duration(result.model.timing["seconds"])
     lines.append(f"{result.model.model.execution_path}, {took}, peak RAM {size(peak_rss())}")
     return [*lines, *(f"written: {path}" for path in result.written)]
@@ -132,6 +140,8 @@ def _described(name: str, evaluation: Evaluation) -> str:
     settings = task.settings
     if name in TEXT_TASKS:
         return f"{settings['n_tokens']} predicted tokens of {settings['text']} in windows of {settings['context']}"
+    if name == "embeddings":
+        return f"{settings['sentences']} sentences of {settings['text']}, mean of up to {settings['max_tokens']} tokens"
     return f"{name}: {len(task.samples)} documents, {settings['num_fewshot']} examples in the prompt"
 
 

@@ -25,9 +25,7 @@ def inspect(
         Path | None, typer.Option("--against", metavar="OTHER", help="Another checkpoint of the same model.")
     ] = None,
     html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a page with charts.")] = None,
-    runs: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Where the page looks for other runs; default: beside DIR.")
-    ] = None,
+    runs: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where the page looks for other runs.")] = None,
     inputs: Annotated[
         bool, typer.Option("--inputs/--no-inputs", help="Run the model for the page's charts of inputs.")
     ] = True,

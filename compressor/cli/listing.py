@@ -8,10 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
+from compressor.cli.complete import LISTS
 from compressor.cli.render import STDOUT, print_json, table
 from compressor.errors import did_you_mean
-
-WHAT = ("formats", "inputs", "methods", "models", "pruners", "recipes")
 
 
 def listing(
@@ -20,8 +19,8 @@ def listing(
     json_: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """List what can be asked for."""
-    if what not in WHAT:
-        raise did_you_mean("list", what, WHAT)
+    if what not in LISTS:
+        raise did_you_mean("list", what, LISTS)
     entries = _entries(what)
     if name is not None and name not in entries:
         raise did_you_mean(what.removesuffix("s"), name, entries)
@@ -33,7 +32,9 @@ def listing(
         return
     chosen = {name: entries[name]} if name is not None else entries
     if json_:
-        print_json({what: chosen})
+        print_json({what: chosen, **({"facts": _facts()} if what == "methods" else {})})
+    elif what == "methods":
+        _show_methods(chosen)
     else:
         STDOUT.print(table(what, ["name", ""], _rows(chosen), text=True))
 
@@ -62,6 +63,38 @@ def _entries(what: str) -> dict[str, str]:
     from compressor.checkpoint.default_model import EMBEDDED
 
     return {key: model.summary for key, model in EMBEDDED.items()}
+
+
+def _facts() -> dict[str, dict[str, str | None]]:
+    """Return method -> what it looks at, which grids it takes, and what it took where that was measured."""
+    from compressor.methods.facts import FACTS
+    from compressor.pages.measured import cost
+
+    return {
+        name: {
+            "scope": facts.scope,
+            "data": facts.data,
+            "bits": facts.bits,
+            "formats": ", ".join(facts.families),
+            "cost": cost(name),
+        }
+        for name, facts in FACTS.items()
+    }
+
+
+def _show_methods(entries: dict[str, str]) -> None:
+    """Print what each method needs and costs, then what it does."""
+    rows = [
+        [name, *(facts[key] or "not measured" for key in ("scope", "data", "bits", "formats", "cost"))]
+        for name, facts in _facts().items()
+    ]
+    STDOUT.print(table("methods", ["name", "scope", "data", "bits", "formats", "time"], rows, text=True))
+    STDOUT.print(
+        "time: processor time of one thread for smollm2-135m (135 M weights), over the measured rows; scope: what is "
+        "decided together; formats: see compress list formats",
+        soft_wrap=False,
+    )
+    STDOUT.print(table("what they do", ["name", "what it does"], _rows(entries), text=True))
 
 
 def _rows(entries: dict[str, str]) -> list[list[str]]:

@@ -13,6 +13,7 @@ import typer
 
 from compressor.cli.quantize import parse_options
 from compressor.errors import RecipeError, did_you_mean
+from compressor.ranks import announced
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class PruneFlags:
         device: `auto`, `cpu`, `cuda`, ...
         force: Overwrite an earlier result.
         trust_remote_code: Run model code that comes with the checkpoint.
+        allow_pickle: Read pickled weights, as plain tensors.
         dry_run: Only print the plan.
         json: One JSON object on stdout.
         quiet: No progress.
@@ -61,6 +63,7 @@ class PruneFlags:
     device: str = "auto"
     force: bool = False
     trust_remote_code: bool = False
+    allow_pickle: bool = False
     dry_run: bool = False
     json: bool = False
     quiet: bool = False
@@ -112,6 +115,9 @@ def prune(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run model code that comes with the checkpoint.")
     ] = False,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read pickled weights, as plain tensors; runs no code in them.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; read no weights.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
@@ -142,10 +148,17 @@ def prune(
         device=device,
         force=force,
         trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
         dry_run=dry_run,
         json=json_,
         quiet=quiet,
     )
-    module, _, name = RUNNERS[PRUNERS[method].kind].partition(":")
+    kind, (_, n_processes) = PRUNERS[method].kind, announced()
+    if kind != "language" and n_processes > 1:
+        raise RecipeError(
+            f"compress prune --method {method} runs in one process, but WORLD_SIZE is {n_processes}",
+            "run it without torchrun, or unset WORLD_SIZE",
+        )
+    module, _, name = RUNNERS[kind].partition(":")
     run: Callable[[PruneFlags], None] = getattr(importlib.import_module(module), name)
     run(flags)

@@ -41,6 +41,7 @@ def run(flags: PruneFlags) -> None:
         options=flags.options or {},
         seed=flags.seed,
         trust_remote_code=flags.trust_remote_code,
+        allow_pickle=flags.allow_pickle,
         **given,
     )
     if not flags.quiet and not flags.json:

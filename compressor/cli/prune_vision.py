@@ -21,7 +21,7 @@ def run(flags: PruneFlags) -> None:
     Raises:
         CompressorError: See `compressor.errors`.
     """
-    flags.refuse("pattern", "format", "group_size", "n_samples", "seq_len")
+    flags.refuse("pattern", "format", "group_size", "n_samples", "seq_len", "allow_pickle")
     if flags.data is None:
         raise RecipeError(
             f"method {flags.method} needs --data: labelled images to rank, train and measure on",

@@ -27,12 +27,12 @@ def quantize(
     data: Annotated[str, typer.Option(help="Calibration text: preset, .txt, .jsonl, or Hub dataset.")] = "python-docs",
     n_samples: Annotated[
         int | None,
-        typer.Option(min=1, max=65_536, help="Windows of calibration text; default 32, or what --effort asks for."),
+        typer.Option(min=1, max=65_536, help="Windows of calibration text."),
     ] = None,
     seq_len: Annotated[int, typer.Option(min=2, max=1_048_576, help="Tokens per window.")] = 512,
     min_expert_tokens: Annotated[
         int | None,
-        typer.Option(min=0, help="Tokens every expert is calibrated on; default 0.5 % of all; 0: as they come."),
+        typer.Option(min=0, help="Tokens every expert is calibrated on; 0: as they come."),
     ] = None,
     skip: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Leave tensors dense (repeatable).")] = None,
     skip_inputs: Annotated[
@@ -45,15 +45,17 @@ def quantize(
     kv_cache: Annotated[
         str | None, typer.Option(metavar="fp8", help="Store scales for an FP8 key/value cache.")
     ] = None,
+    attention: Annotated[
+        str | None,
+        typer.Option(metavar="fpq4|fpq6|fpq8", help="Round queries, keys, probabilities and values too (native)."),
+    ] = None,
     effort: Annotated[
         str | None, typer.Option(help="fast, balanced or best: steps and samples of methods that learn.")
     ] = None,
     target_bits: Annotated[
         float | None, typer.Option(min=1, max=16, help="Choose each layer's format for so many stored bits per weight.")
     ] = None,
-    menu: Annotated[
-        str | None, typer.Option(metavar="A,B,...", help="Formats --target-bits chooses from; default int2 to int8.")
-    ] = None,
+    menu: Annotated[str | None, typer.Option(metavar="A,B,...", help="Formats --target-bits chooses from.")] = None,
     option: Annotated[
         list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="Option of the method (repeatable).")
     ] = None,
@@ -62,6 +64,9 @@ def quantize(
     force: Annotated[bool, typer.Option("--force", help="Overwrite an earlier result.")] = False,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run model code that comes with the checkpoint.")
+    ] = False,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read pickled weights, as plain tensors; runs no code in them.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; read no weights.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
@@ -73,7 +78,7 @@ def quantize(
     options = parse_options(option or [])
     if effort is not None:
         options["effort"] = effort
-    check_names(method, format, group_size, inputs)
+    check_names(method, format, group_size, inputs, attention)
     formats = parse_overrides(set_ or [])
     if kv_cache not in (None, "fp8"):
         raise did_you_mean("key/value cache format", str(kv_cache), ["fp8"])
@@ -92,6 +97,7 @@ def quantize(
         skip_inputs=tuple(skip_inputs or ()),
         overrides=make_overrides(formats, skip or ()),
         kv_cache="fp8" if kv_cache else None,
+        attention=attention,
         calibration=CalibrationSpec(
             data=data,
             seq_len=seq_len,
@@ -100,6 +106,7 @@ def quantize(
         ),
         seed=seed,
         trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
     )
     if not quiet and not json_:
         STDERR.print(f"compress quantize {model}: method {method}", soft_wrap=True, markup=False)
@@ -138,7 +145,9 @@ def expert_coverage(report: dict[str, Any]) -> str | None:
     return f"calibration tokens the router sends to an expert: {fewest:g} to {most:g}; topped up: {topped:g} experts"
 
 
-def check_names(method: str, format: str | None, group_size: str | None, inputs: str | None) -> None:
+def check_names(
+    method: str, format: str | None, group_size: str | None, inputs: str | None, attention: str | None = None
+) -> None:
     """Reject unknown names before torch is imported, so that a typo costs no seconds."""
     from compressor.formats import BUILDERS, parse_group_size
     from compressor.formats.activations import get_input_format
@@ -155,6 +164,8 @@ def check_names(method: str, format: str | None, group_size: str | None, inputs:
         parse_group_size(format, group_size)
     if inputs is not None:
         get_input_format(inputs)
+    if attention is not None:
+        get_input_format(attention)
 
 
 def parse_overrides(pairs: list[str]) -> dict[str, str]:

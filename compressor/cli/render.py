@@ -17,6 +17,8 @@ from compressor.process import peak_rss
 
 STDERR = Console(stderr=True, highlight=False)
 STDOUT = Console(highlight=False)
+LONGEST_MESSAGE = 2000
+"""Characters of an error that are shown."""
 
 
 def print_json(data: object) -> None:
@@ -25,10 +27,16 @@ def print_json(data: object) -> None:
 
 
 def print_error(error: CompressorError) -> None:
-    """Write an error and its hint to stderr, each on one line however long."""
-    STDERR.print(Text.assemble(("error: ", "bold red"), error.message), soft_wrap=True)
+    """Write an error and its hint to stderr, each on one line."""
+    STDERR.print(Text.assemble(("error: ", "bold red"), _one_line(error.message)), soft_wrap=True)
     if error.hint:
-        STDERR.print(Text.assemble(("hint: ", "bold"), error.hint), soft_wrap=True)
+        STDERR.print(Text.assemble(("hint: ", "bold"), _one_line(error.hint)), soft_wrap=True)
+
+
+def _one_line(text: str) -> str:
+    """Spell out control characters, which files from strangers put into names, and cut what nobody reads to its end."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:LONGEST_MESSAGE])
+    return shown if len(text) <= LONGEST_MESSAGE else f"{shown} ... ({len(text)} characters)"
 
 
 def size(nbytes: float) -> str:
@@ -65,8 +73,8 @@ class RichProgress:
     """
 
     def __init__(self, quiet: bool = False) -> None:
-        self.quiet = quiet
-        self.live = STDERR.is_terminal and not quiet
+        self.quiet = quiet or STDERR.quiet  # processes that another one speaks for
+        self.live = STDERR.is_terminal and not self.quiet
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._total = self._done = 0

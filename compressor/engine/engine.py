@@ -17,8 +17,10 @@ from torch import Tensor
 from compressor.calibration import kv_cache, precision
 from compressor.calibration.capture import Capture
 from compressor.calibration.coverage import Coverage
+from compressor.calibration.operands import OperandWatch
 from compressor.calibration.stats import Statistic
 from compressor.calibration.store import Boundary, HiddenStore
+from compressor.checkpoint import operands
 from compressor.checkpoint.attention import as_products
 from compressor.checkpoint.blocks import BlockSequence, Recording, example_inputs
 from compressor.checkpoint.read_ahead import ReadAhead
@@ -26,23 +28,25 @@ from compressor.checkpoint.sink import WORK, Journal, Sink
 from compressor.checkpoint.skeleton import Skeleton
 from compressor.checkpoint.source import DTYPES, Source
 from compressor.decision import Outcome
+from compressor.engine.contents import Contents
 from compressor.engine.experts import find_routers, routers_of
+from compressor.engine.outside import Outside
 from compressor.engine.rounding import InputRounding
 from compressor.engine.solver import BlockOf, Solved, Solver
 from compressor.engine.streams import CARRIED, COMPRESSED, FP, Streams
-from compressor.errors import NumericalError
+from compressor.errors import NumericalError, UnsupportedError
 from compressor.folding import Folding, folded_rows
 from compressor.formats import get_format
 from compressor.formats.activations import get_input_format
-from compressor.formats.base import QuantFormat, Slot
-from compressor.formats.pruned import PRUNED
-from compressor.inputs import stored_slots
+from compressor.formats.base import QuantFormat
 from compressor.methods.base import Block, Layer, Method, RouterMethod, Scope, Stream, SurveyMethod
 from compressor.methods.learning import LearningOptions
+from compressor.methods.operands import OperandMethod, covering
 from compressor.methods.rounding import InputMethod
 from compressor.methods.scaling import FoldingMethod
-from compressor.plan import OUTSIDE, Kind, LayerPlan, Plan
+from compressor.plan import OUTSIDE, Kind, LayerPlan, Operand, Plan
 from compressor.pruning.view import ModelView, SearchMethod
+from compressor.ranks import ALONE, Ranks
 from compressor.report import Progress, Row
 from compressor.unit import Unit
 
@@ -64,6 +68,7 @@ class Engine:
         progress: Who is told.
         reserve: Tokens `[n, seq_len]` of samples that only experts with too few tokens look at, or None.
         min_expert_tokens: Tokens that statistics of every expert are to rest on; 0 for any number.
+        ranks: The processes that share the work. All of them run every unit; the leader alone writes the result.
     """
 
     def __init__(
@@ -79,8 +84,9 @@ class Engine:
         progress: Progress,
         reserve: Tensor | None = None,
         min_expert_tokens: int = 0,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.min_expert_tokens = min_expert_tokens
+        self.min_expert_tokens, self.ranks = min_expert_tokens, ranks
         self.plan, self.source, self.skeleton, self.blocks = plan, source, skeleton, blocks
         self.method, self.progress = method, progress
         self.read_ahead = ReadAhead(source)
@@ -93,11 +99,14 @@ class Engine:
         self.specs = tuple(dict.fromkeys(wanted))
         self.device = skeleton.device
         self.work = out / WORK
-        self.sink = Sink(out, self._slots())
+        self.contents = Contents(plan, self.format_of)
+        self.outside = Outside(plan, source, skeleton, self.format_of, progress)
+        self.sink = Sink(out, self.contents.slots())
         self.journal = Journal(self.work / "journal.jsonl")
         # A quantized cache is calibrated on real keys and values even if the method needs no data.
-        carried = CARRIED[method.stream] or ((FP,) if any(site.format for site in plan.sites) else ())
-        if needs_ranges(plan) and COMPRESSED not in carried:
+        self.attention = plan.operand_format(Operand.QUERY_KEY)
+        carried = CARRIED[method.stream] or ((FP,) if plan.operand_format(Operand.KV_CACHE) else ())
+        if (needs_ranges(plan) or self.attention) and COMPRESSED not in carried:
             carried = (*carried, COMPRESSED)  # what the layers of the result will meet
         hidden = self.work / "hidden"
         widest = max((fmt.bits for fmt in self._formats.values()), default=0)
@@ -108,16 +117,19 @@ class Engine:
             self.pieces = tokens.shape[1] // window
             tokens, reserve = tokens.reshape(-1, window), None if reserve is None else reserve.reshape(-1, window)
         used = (tokens, reserve) if carried else (None, None)
-        self.streams = Streams(hidden, carried, blocks, used[0], self.device, context, used[1])
+        self.streams = Streams(hidden, carried, blocks, used[0], self.device, context, used[1], ranks)
         self.tokens, self.seed = tokens, seed
         self.events: list[str] = []
         self.probe_store = HiddenStore(hidden, "probe", self.device)
-        self.solver = Solver(method, skeleton, self.format_of, seed)
+        self.solver = Solver(method, skeleton, self.format_of, seed, ranks)
+        if self.attention:
+            operands.expose(skeleton.model)
 
     def run(self) -> list[Unit]:
         """Run every unit that is not finished yet and return all of them; shards stay in the work folder."""
-        done = self._finished()
-        self.sink.allocate()
+        done = self.ranks.share(self._finished() if self.ranks.leads else [])
+        if self.ranks.leads:
+            self.sink.allocate()
         names = [*self.plan.blocks, "outside the blocks"]
         self.progress.units(len(names), len(done))
         if len(done) == len(names) and not isinstance(self.method, SearchMethod):
@@ -128,19 +140,18 @@ class Engine:
             self.events += self.method.search(self._view())
         if len(done) == len(names):
             return done
-        with self._outside_resident():
+        with self.outside:
             hidden, recording = self.blocks.prologue(self.probe_inputs())
             if self.streams.stores:
                 self.progress.stage("embedding calibration samples")
             entering = self.streams.enter(first=not done)
-        current = done[-1] if done else Unit("start", "", [], [], self._save_probe(0, hidden), entering)
+        start = Unit("start", "", [], [], None if done else self._save_probe(0, hidden), entering)
+        current = done[-1] if done else self.ranks.share(start)
         for index in range(len(done), len(self.plan.blocks)):
             started = time.monotonic()
-            current = self._block(index, current, recording)
-            self._commit(current, done, started)
+            current = self._commit(self._block(index, current, recording), done, started)
         started = time.monotonic()
-        current = self._outside(current)
-        self._commit(current, done, started)
+        self._commit(self._finish(current), done, started)
         return done
 
     def probe_inputs(self) -> dict[str, Tensor]:
@@ -151,7 +162,7 @@ class Engine:
         """Return the compressed model's output on the probe, float32, from the states after the last block."""
         assert unit.probe is not None
         hidden = self.probe_store.read(unit.probe, 0)
-        with self._outside_resident(), torch.no_grad():
+        with self.outside, torch.no_grad():
             return self.blocks.tail(hidden, self.probe_inputs()).float()
 
     def format_of(self, layer: LayerPlan) -> QuantFormat:
@@ -182,7 +193,7 @@ class Engine:
             self.work / "one-shot", carried, self.blocks, self.tokens if carried else None, self.device, nullcontext()
         )
         solver = Solver(method, self.skeleton, self.format_of, self.seed)
-        with self._outside_resident():
+        with self.outside:
             entering = streams.enter(first=True)
         for index in range(len(self.plan.blocks)):
             layers = self.plan.in_block(index)
@@ -197,33 +208,6 @@ class Engine:
             streams.drop_all_but(entering)
             self.skeleton.free({layer.ref.param for layer in layers})
         streams.drop_all_but({})
-
-    def _slots(self) -> dict[str, Slot]:
-        """Name, dtype and shape of every tensor of the result, in plan order."""
-        slots: dict[str, Slot] = {}
-        for layer in self.plan.layers:
-            if layer.format:
-                assert layer.ref.matrix is not None
-                for suffix, slot in self._layout(layer).items():
-                    slots[f"{layer.ref.module}.{suffix}"] = slot
-            else:
-                slots[layer.ref.name] = Slot(DTYPES[layer.ref.dtype], layer.ref.shape)
-        for block in range(len(self.plan.blocks)):
-            for name in self._cache_scales(block):
-                slots[name] = Slot(DTYPES[self.plan.default_dtype], (1,))
-        return slots
-
-    def _layout(self, layer: LayerPlan) -> dict[str, Slot]:
-        """Return suffix -> dtype and shape of what a compressed layer stores."""
-        assert layer.ref.matrix is not None
-        if layer.format == PRUNED:
-            return {"weight": Slot(DTYPES[layer.ref.dtype], layer.ref.shape)}
-        inputs = stored_slots(layer.steps, layer.ref.matrix, DTYPES[self.plan.default_dtype])
-        return {**self.format_of(layer).layout(layer.ref.matrix), **inputs}
-
-    def _cache_scales(self, block: int) -> list[str]:
-        """Return the names of the key/value cache scales of a block."""
-        return [f"{module}.{suffix}" for module in self.plan.cached(block) for suffix in kv_cache.SCALES]
 
     def _weights(self) -> Iterator[tuple[Layer, QuantFormat]]:
         """Yield every compressed layer without statistics, one block in memory at a time."""
@@ -248,7 +232,7 @@ class Engine:
             return self._restart("the journal has more units than the plan")
         for index, unit in enumerate(units):
             block = index if index < len(self.plan.blocks) else OUTSIDE
-            if unit.name != names[index] or self.sink.unit_hash(self._unit_tensors(block)) != unit.sha256:
+            if unit.name != names[index] or self.sink.unit_hash(self.contents.of_unit(block)) != unit.sha256:
                 return self._restart(f"{unit.name}: what is on disk is not what was written")
         if units and len(units) < len(names):
             probe = units[-1].probe
@@ -261,22 +245,17 @@ class Engine:
         self.journal.path.unlink()
         return []
 
-    def _unit_tensors(self, block: int) -> list[str]:
-        names = []
-        for layer in self.plan.in_block(block):
-            if layer.format and layer.ref.matrix:
-                names += [f"{layer.ref.module}.{suffix}" for suffix in self._layout(layer)]
-            else:
-                names.append(layer.ref.name)
-        return names + (self._cache_scales(block) if block != OUTSIDE else [])
-
-    def _commit(self, unit: Unit, done: list[Unit], started: float) -> None:
+    def _commit(self, unit: Unit, done: list[Unit], started: float) -> Unit:
+        """Note that a unit is finished, and return it as the leader knows it."""
         seconds = time.monotonic() - started
         unit.metrics["seconds"] = round(seconds, 2)
-        self.journal.append(asdict(unit))
+        if self.ranks.leads:
+            self.journal.append(asdict(unit))
+        unit = self.ranks.share(unit)
         done.append(unit)
-        self.probe_store.drop_all_but(unit.probe)
-        self.streams.drop_all_but(unit.streams)
+        if self.ranks.leads:  # nobody reads what is dropped: every process has closed what comes behind it
+            self.probe_store.drop_all_but(unit.probe)
+            self.streams.drop_all_but(unit.streams)
         errors = [row.error for row in unit.rows if row.error is not None]
         mean = sum(errors) / len(errors) if errors else None
         if "loss_after" in unit.metrics:  # what a whole block is off by says more than its weights do
@@ -284,9 +263,7 @@ class Engine:
         for event in unit.events:
             self.progress.event(event)
         self.progress.unit_done(unit.name, mean, seconds)
-
-    def _outside_resident(self) -> _Outside:
-        return _Outside(self)
+        return unit
 
     def _block(self, index: int, before: Unit, recording: Recording) -> Unit:
         """Compress one block and write it; `recording` holds its arguments for the probe."""
@@ -307,6 +284,8 @@ class Engine:
         if behind and capture:
             self.streams.observe(index, before.streams, capture)
         # Fixed here: whatever runs through the block from now on is no calibration data.
+        for seen in ranges.values():
+            seen.join(self.ranks)
         scales = {name: seen.scales(name, DTYPES[self.plan.default_dtype]) for name, seen in ranges.items()}
         folded = self._fold(index, before, recording, capture, tensors)
         rounding = InputRounding(self.skeleton, layers, DTYPES[self.plan.default_dtype])
@@ -320,12 +299,15 @@ class Engine:
             solved.packed.update(self._quantize_cache(name, scales[name]))
         reaches = reaches if learned else self._reaches(index, before, rounding)
         solved.packed.update(rounding.attach(solved.inputs, reaches))
+        if self.attention:
+            solved.packed.update(self._round_operands(index, before.streams))
         if COMPRESSED in self.streams.stores:
             streams[COMPRESSED] = self.streams.advance(index, COMPRESSED, before.streams, None)
+        rounding.join(self.ranks)
         solved.rows, saturated = rounding.report(solved.rows)
-        probe = self._probe(index, before, recording)
+        probe = self._probe(index, before, recording) if self.ranks.leads else None
         rounding.detach()
-        unit_hash = self.sink.write(solved.packed)
+        unit_hash = self.sink.write(solved.packed) if self.ranks.leads else ""
         self.skeleton.free({layer.ref.param for layer in layers})
         rows = folded_rows(solved.rows, layers, self.plan, rewrites)
         topped_up: list[str] = []
@@ -334,7 +316,7 @@ class Engine:
             topped_up = capture.coverage.events()
             solved.metrics.update(capture.coverage.metrics())
         events = [*topped_up, *folded.events, *solved.events, *saturated]
-        saved = self._save_probe(index + 1, probe)
+        saved = None if probe is None else self._save_probe(index + 1, probe)
         del tensors, solved.packed, capture
         gc.collect()
         return Unit(self.plan.blocks[index], unit_hash, rows, events, saved, streams, solved.metrics)
@@ -348,7 +330,7 @@ class Engine:
 
     def _reaches(self, index: int, before: Unit, rounding: InputRounding) -> Capture | None:
         """Return how far the inputs of the block as it now is reach, if static scales must cover them."""
-        ranges = rounding.ranges(self.min_expert_tokens)
+        ranges = rounding.ranges(self.min_expert_tokens, self.ranks)
         if ranges:
             self.streams.observe(index, before.streams, ranges)
         return ranges
@@ -393,7 +375,36 @@ class Engine:
         kv_cache.simulate(module)
         return {f"{name}.{suffix}": scale.cpu() for suffix, scale in scales.items()}
 
-    def _save_probe(self, boundary: int, hidden: Tensor) -> Boundary:
+    def _round_operands(self, index: int, before: Mapping[str, Boundary]) -> dict[str, Tensor]:
+        """Let the block's attention modules round their operands from now on; returns what they store.
+
+        Raises:
+            UnsupportedError: A module computes attention in a way of its own.
+        """
+        assert self.attention is not None
+        modules = {name: self.skeleton.model.get_submodule(name) for name in self.plan.rounded_attention(index)}
+        watches = {name: OperandWatch() for name in modules}
+        for name, module in modules.items():
+            operands.treat(module, watches[name])
+        self.streams.watch(index, before)
+        bits, out = get_input_format(self.attention).bits, {}
+        for name, module in modules.items():
+            if not watches[name].kept:
+                raise UnsupportedError(
+                    f"{name} ({type(module).__name__}): its operands cannot be seen", "leave --attention out"
+                )
+            ops = covering(watches[name], bits, name)
+            if isinstance(self.method, OperandMethod):
+                ops = self.method.solve_operands(watches[name], bits)
+            out[f"{name}.{operands.SUFFIX}"] = values = operands.stored(ops)
+            module.register_buffer(operands.SUFFIX, values.to(self.device), persistent=False)
+            operands.simulate(module, name, bits)
+        return out
+
+    def _save_probe(self, boundary: int, hidden: Tensor) -> Boundary | None:
+        """Write the probe's states, if this process is the one that writes."""
+        if not self.ranks.leads:
+            return None
         with self.probe_store.writer(boundary) as writer:
             writer.append(hidden)
             return writer.close()
@@ -413,7 +424,10 @@ class Engine:
             if layer.ref.fed_by in widths and "#" in layer.ref.fed_by:
                 modules[layer.ref.fed_by] = self.skeleton.model.get_submodule(layer.ref.fed_by.partition("#")[0])
         coverage, routers = Coverage(self.min_expert_tokens), find_routers(layers, self.skeleton)
-        return Capture(widths, modules, specs, self.device, coverage, routers)
+        # What is folded, and a router that is rounded, every process changes for itself.
+        by_all = self._rounds_routers or any(fold.block == layers[0].ref.block for fold in self.plan.folds)
+        keepers = {} if by_all else self.solver.division(layers).keepers
+        return Capture(widths, modules, specs, self.device, coverage, routers, self.ranks, keepers)
 
     @property
     def _rounds_routers(self) -> bool:
@@ -487,33 +501,16 @@ class Engine:
             ref.where.of(parameters[ref.param]).copy_(weight)
         return parameters
 
-    def _outside(self, before: Unit) -> Unit:
-        """Copy everything that lies in no block, tensor by tensor: embeddings can be large."""
-        layers = self.plan.in_block(OUTSIDE)
-        rows = [Row(m.ref.name, "kept", m.kept_because, m.bytes_before, m.bytes_after) for m in layers]
-        for layer in layers:
-            self.sink.write(self.source.read([layer.ref.name]))
-        unit_hash = self.sink.unit_hash(self._unit_tensors(OUTSIDE))
+    def _finish(self, before: Unit) -> Unit:
+        """Write everything that lies in no block."""
+        unit_hash: str | None = ""
+        if self.ranks.leads:
+            self.outside.write(self.sink)
+            unit_hash = self.sink.unit_hash(self.contents.of_unit(OUTSIDE))
         assert unit_hash is not None
-        return Unit("outside the blocks", unit_hash, rows, [], before.probe, before.streams)
+        return Unit("outside the blocks", unit_hash, self.outside.rows(), [], before.probe, before.streams)
 
 
 def needs_ranges(plan: Plan) -> bool:
     """Return whether inputs have static scales that the engine must calibrate."""
     return any(layer.ranges for layer in plan.compressed)
-
-
-class _Outside:
-    """Keeps the weights outside the blocks resident inside a `with`."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        # Text passes by the towers of a multimodal model: their weights are copied, never run.
-        self.layers = [layer for layer in engine.plan.in_block(OUTSIDE) if layer.ref.part is None]
-
-    def __enter__(self) -> None:
-        self.engine.skeleton.load(self.engine.source.read(layer.ref.name for layer in self.layers))
-
-    def __exit__(self, *_: object) -> None:
-        self.engine.skeleton.free({layer.ref.param for layer in self.layers})
-        gc.collect()

@@ -87,7 +87,8 @@ def run_experts(
 
 def _run_one(module: Any, parts: Mapping[str, Target], treat: Mapping[str, Treat], x: Tensor) -> Tensor:
     def project(role: str, rows: Tensor) -> Tensor:
-        weight = parts[role].where.of(module.get_parameter(str(parts[role].param).rpartition(".")[2]))  # [out, in]
+        # Not get_parameter: while a block is learned, a tensor that is no parameter takes its place.
+        weight = parts[role].where.of(getattr(module, str(parts[role].param).rpartition(".")[2]))  # [out, in]
         return functional.linear(treat[role](rows) if role in treat else rows, weight)
 
     middle = project("up", x)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -17,8 +18,9 @@ from compressor.checkpoint.skeleton import Skeleton, Target
 from compressor.engine.experts import Stack, Treat, find_routers, run_experts
 from compressor.errors import NumericalError
 from compressor.formats.activations import INPUT_FORMATS
-from compressor.inputs import InputOp, Quantize, apply_ops, calibrated, carried
+from compressor.inputs import InputOp, apply_ops, calibrated, carried, saturated
 from compressor.plan import Kind, LayerPlan
+from compressor.ranks import ALONE, Ranks
 from compressor.report import Row
 
 WORTH_SAYING = 1e-3
@@ -66,11 +68,12 @@ class InputRounding:
                 stack.setdefault(ref.where.expert, {})[ref.role] = Target(ref.param, ref.where)
         self.layers = [layer for layer in self.layers if layer.steps]
 
-    def ranges(self, min_expert_tokens: int = 0) -> Capture | None:
+    def ranges(self, min_expert_tokens: int = 0, ranks: Ranks = ALONE) -> Capture | None:
         """Return accumulators for the largest magnitudes that static scales must cover, or None if there are none.
 
         Args:
             min_expert_tokens: Tokens that the range of every expert is to rest on.
+            ranks: The processes that share the samples.
         """
         static = [layer for layer in self.layers if layer.ranges]
         if not static:
@@ -78,7 +81,7 @@ class InputRounding:
         widths = {layer.ref.fed_by: layer.ref.matrix[1] for layer in static if layer.ref.matrix}
         modules = {layer.ref.fed_by: self._module(layer) for layer in static}
         coverage, routers = Coverage(min_expert_tokens), find_routers(self._planned, self.skeleton)
-        return Capture(widths, modules, (MaxAbs(),), self.skeleton.device, coverage, routers)
+        return Capture(widths, modules, (MaxAbs(),), self.skeleton.device, coverage, routers, ranks)
 
     def attach(self, decided: Mapping[str, tuple[InputOp, ...]], ranges: Capture | None) -> dict[str, Tensor]:
         """Round from now on, and return the tensors to store, by name on disk.
@@ -91,7 +94,7 @@ class InputRounding:
             NumericalError: Inputs are not finite.
         """
         out: dict[str, Tensor] = {}
-        treat: dict[str, dict[tuple[int, str], Treat]] = {name: {} for name in self._stacks}
+        treats: dict[str, Treat] = {}
         for layer in self.layers:
             ops = decided.get(layer.ref.name) or self._default(layer, ranges)
             found = tuple(op.describe() for op in ops)
@@ -99,21 +102,47 @@ class InputRounding:
             for op in ops:
                 # Own storage: layers that read one tensor share its scale, and files hold no shared memory.
                 out |= {f"{layer.ref.module}.{key}": value.cpu().clone() for key, value in op.tensors().items()}
+            treats[layer.ref.name] = self._rounding(layer.ref.name, ops)
+            if (carry := carried(ops)) is not None:
+                assert layer.ref.kind is not Kind.EXPERT, f"{layer.ref.name}: experts give nothing back"
+                self._handles.append(self._module(layer).register_forward_hook(_adding(carry)))
+        self._treat(treats)
+        return out
+
+    @contextmanager
+    def learning(self, ranges: Capture | None, left: float, generator: torch.Generator) -> Iterator[None]:
+        """Round to the plan's formats inside a `with`, while gradients pass as if nothing was rounded.
+
+        Args:
+            ranges: What `ranges` returned, after the calibration samples have passed.
+            left: Share of values that are left as they are.
+            generator: Draws them.
+
+        Raises:
+            NumericalError: Inputs are not finite.
+        """
+        self._treat(
+            {layer.ref.name: _straight_through(self._default(layer, ranges), left, generator) for layer in self.layers}
+        )
+        try:
+            yield
+        finally:
+            self.detach()
+
+    def _treat(self, treats: Mapping[str, Treat]) -> None:
+        """Let the block's layers treat their inputs from now on; tensor name -> how."""
+        experts: dict[str, dict[tuple[int, str], Treat]] = {name: {} for name in self._stacks}
+        for layer in self.layers:
+            treat = treats[layer.ref.name]
             if layer.ref.kind is Kind.EXPERT:
-                assert carried(ops) is None, f"{layer.ref.name}: experts give nothing back"
                 assert layer.ref.where.expert is not None
                 assert layer.ref.role is not None
-                own = treat[layer.ref.owner]
-                own[layer.ref.where.expert, layer.ref.role] = self._rounding(layer.ref.name, ops)
-                continue
-            module = self._module(layer)
-            self._handles.append(module.register_forward_pre_hook(self._hook(layer.ref.name, ops)))
-            if (carry := carried(ops)) is not None:
-                self._handles.append(module.register_forward_hook(_adding(carry)))
+                experts[layer.ref.owner][layer.ref.where.expert, layer.ref.role] = treat
+            else:
+                self._handles.append(self._module(layer).register_forward_pre_hook(_treating(treat)))
         for name, stack in self._stacks.items():
             module = self.skeleton.model.get_submodule(name)
-            module.forward = partial(run_experts, module, stack, treat[name])
-        return out
+            module.forward = partial(run_experts, module, stack, experts[name])
 
     def detach(self) -> None:
         """Stop rounding."""
@@ -122,6 +151,17 @@ class InputRounding:
         self._handles.clear()
         for stack in self._stacks:
             self.skeleton.model.get_submodule(stack).__dict__.pop("forward", None)
+
+    def join(self, ranks: Ranks) -> None:
+        """Add up what rounding did to the samples of all processes."""
+        if ranks.size == 1:
+            return
+        everyones = ranks.gather(self._costs)
+        self._costs = {}
+        for name, cost in (item for costs in everyones for item in costs.items()):
+            total = self._costs.setdefault(name, _Cost())
+            total.error, total.size = total.error + cost.error, total.size + cost.size
+            total.saturated, total.values = total.saturated + cost.saturated, total.values + cost.values
 
     def report(self, rows: list[Row]) -> tuple[list[Row], list[str]]:
         """Return rows with what rounding did to the calibration inputs that passed, and a sentence where they saturate.
@@ -156,14 +196,6 @@ class InputRounding:
                 )
         return (calibrated(fmt, loudest, self.dtype),)
 
-    def _hook(self, name: str, ops: tuple[InputOp, ...]) -> Any:
-        treat = self._rounding(name, ops)
-
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            return (treat(args[0]), *args[1:])
-
-        return hook
-
     def _rounding(self, name: str, ops: tuple[InputOp, ...]) -> Treat:
         """Return what rounds one layer's input and keeps the books."""
 
@@ -174,11 +206,32 @@ class InputRounding:
             wide = before.float()
             cost.error += float((rounded.float() - wide).square().sum(dtype=torch.float64))
             cost.size += float(wide.square().sum(dtype=torch.float64))
-            cost.saturated += ops[-1].saturated(wide) if isinstance(ops[-1], Quantize) else 0
+            cost.saturated += saturated(ops[-1], wide)
             cost.values += x.numel()
             return rounded
 
         return treat
+
+
+def _straight_through(ops: tuple[InputOp, ...], left: float, generator: torch.Generator) -> Treat:
+    """Return what rounds an input but for a share of its values; its gradient is that of the input itself."""
+
+    def treat(x: Tensor) -> Tensor:
+        own = x.detach()
+        rounded = apply_ops(ops, own)
+        if left:
+            keep = torch.rand(x.shape, generator=generator).to(x.device) < left
+            rounded = torch.where(keep, own, rounded)
+        return rounded + (x - own)  # the difference is zero, and passes the gradient
+
+    return treat
+
+
+def _treating(treat: Treat) -> Any:
+    def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (treat(args[0]), *args[1:])
+
+    return hook
 
 
 def _adding(carry: Tensor) -> Any:

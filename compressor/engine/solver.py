@@ -1,10 +1,13 @@
-"""Hands a block's layers to the method, checks what it decides, and puts the decided values into the block."""
+"""Hands a block's layers to the method, checks what it decides, and puts the decided values into the block.
+
+Sets of layers that need not agree are independent: processes solve some each, and send the others the packed bytes.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -15,13 +18,15 @@ from compressor.calibration.stats import SecondMoment
 from compressor.checkpoint.skeleton import Skeleton
 from compressor.checkpoint.source import DTYPES
 from compressor.decision import Decision, Kept, Masked, Outcome, Quantized
+from compressor.engine.division import Division, divide
 from compressor.errors import NumericalError, UnsupportedError
-from compressor.formats.base import QuantFormat
+from compressor.formats.base import PackedTensor, QuantFormat
 from compressor.formats.pruned import PRUNED
-from compressor.inputs import InputOp, Permute, Rotate
+from compressor.inputs import InputOp, Permute, Rotate, Scale
 from compressor.methods.base import Block, Layer, Method, Scope, is_pruned, relative_error
 from compressor.methods.eaquant_rotation import turned_weight
 from compressor.plan import LayerPlan
+from compressor.ranks import ALONE, Ranks
 from compressor.report import Row
 
 BlockOf = Callable[[Sequence[tuple[Layer, QuantFormat]]], Block]
@@ -46,6 +51,14 @@ class Solved:
     metrics: dict[str, float] = field(default_factory=dict)
     inputs: dict[str, tuple[InputOp, ...]] = field(default_factory=dict)
 
+    def add(self, other: Solved) -> None:
+        """Add what became of further tensors."""
+        self.rows += other.rows
+        self.events += other.events
+        self.packed.update(other.packed)
+        self.metrics.update(other.metrics)
+        self.inputs.update(other.inputs)
+
 
 @dataclass(frozen=True)
 class Solver:
@@ -56,12 +69,18 @@ class Solver:
         skeleton: Holds the block's weights, float32; decided values are put there.
         format_of: Gives the format of a compressed layer.
         seed: Seed of the method's generators.
+        ranks: The processes that share the work.
     """
 
     method: Method
     skeleton: Skeleton
     format_of: Callable[[LayerPlan], QuantFormat]
     seed: int
+    ranks: Ranks = ALONE
+
+    def division(self, layers: Sequence[LayerPlan]) -> Division:
+        """Return which process solves which compressed layers of a block."""
+        return divide([layer for layer in layers if layer.format], self.method.scope, self.ranks.size)
 
     def solve(
         self,
@@ -88,45 +107,75 @@ class Solver:
                 row = Row(layer.ref.name, "kept", layer.kept_because, layer.bytes_before, layer.bytes_after)
                 solved.rows.append(row)
                 solved.packed[layer.ref.name] = tensors[layer.ref.name]
-        for members, tasks, outcome in self._decisions(layers, capture, block_of):
-            solved.events += outcome.events
-            solved.metrics.update(outcome.metrics)
-            for plan, task in zip(members, tasks, strict=True):
-                decision, moved = self._keep_zeros(task, outcome.decisions[plan.ref.name], self.format_of(plan))
-                if moved:
-                    solved.events.append(f"{plan.ref.name}: {moved} pruned weights had moved and are zero again")
-                row, written = self._apply(plan, task, decision)
-                solved.rows.append(row)
-                solved.packed.update(written)
-                if isinstance(decision, Quantized) and decision.inputs:
-                    solved.inputs[plan.ref.name] = decision.inputs
+        division = self.division(layers)
+        own = {
+            index: self._solve_set(members, capture, block_of)
+            for index, members in enumerate(division.sets)
+            if division.owners[index] == self.ranks.rank
+        }
+        for index, members in enumerate(division.sets):
+            solved.add(self._shared(members, own.pop(index, Solved()), division.owners[index]))
         return solved
 
-    def _decisions(
-        self, layers: Sequence[LayerPlan], capture: Capture | None, block_of: BlockOf
-    ) -> Iterator[tuple[list[LayerPlan], list[Layer], Outcome]]:
-        """Yield what the method decides at once: plans, layers and their outcome. One fused set's copies at a time."""
-        fused: dict[str, list[LayerPlan]] = {}
-        for layer in layers:
-            if layer.format:
-                fused.setdefault(layer.ref.fused_with, []).append(layer)
+    def _solve_set(self, members: Sequence[LayerPlan], capture: Capture | None, block_of: BlockOf) -> Solved:
+        """Let the method decide layers that belong together. The copies of one set are in memory at a time."""
+        solved = Solved()
         method: Any = self.method
         if method.scope is Scope.BLOCK:
-            plans = [plan for members in fused.values() for plan in members]
-            tasks = [task for members in fused.values() for task in self._tasks(members, capture)]
-            if plans:
-                block = block_of([(task, self.format_of(plan)) for task, plan in zip(tasks, plans, strict=True)])
-                yield plans, tasks, method.solve_block(block, self._generator(block.name))
-            return
-        for members in fused.values():
-            tasks, fmt = self._tasks(members, capture), self.format_of(members[0])
-            if method.scope is Scope.GROUP:
-                yield members, tasks, method.solve_group(tasks, fmt, self._generator(members[0].ref.fused_with))
-            elif method.scope is Scope.LAYER:
-                for plan, task in zip(members, tasks, strict=True):
-                    yield [plan], [task], method.solve(task, fmt, self._generator(task.ref.name))
-            else:
-                raise UnsupportedError(f"method {method.name} has scope {method.scope.value}, which cannot be run yet")
+            tasks = [task for group in _fused(members) for task in self._tasks(group, capture)]
+            block = block_of([(task, self.format_of(plan)) for task, plan in zip(tasks, members, strict=True)])
+            self._carry_out(solved, members, tasks, method.solve_block(block, self._generator(block.name)))
+            return solved
+        tasks, fmt = self._tasks(members, capture), self.format_of(members[0])
+        if method.scope is Scope.GROUP:
+            outcome = method.solve_group(tasks, fmt, self._generator(members[0].ref.fused_with))
+            self._carry_out(solved, members, tasks, outcome)
+        elif method.scope is Scope.LAYER:
+            for plan, task in zip(members, tasks, strict=True):
+                self._carry_out(solved, [plan], [task], method.solve(task, fmt, self._generator(task.ref.name)))
+        else:
+            raise UnsupportedError(f"method {method.name} has scope {method.scope.value}, which cannot be run yet")
+        return solved
+
+    def _carry_out(
+        self, solved: Solved, members: Sequence[LayerPlan], tasks: Sequence[Layer], outcome: Outcome
+    ) -> None:
+        """Check what the method decided at once, put it into the block, and note what is to be written and reported."""
+        solved.events += outcome.events
+        solved.metrics.update(outcome.metrics)
+        for plan, task in zip(members, tasks, strict=True):
+            decision, moved = self._keep_zeros(task, outcome.decisions[plan.ref.name], self.format_of(plan))
+            if moved:
+                solved.events.append(f"{plan.ref.name}: {moved} pruned weights had moved and are zero again")
+            row, written = self._apply(plan, task, decision)
+            solved.rows.append(row)
+            solved.packed.update(written)
+            if isinstance(decision, Quantized) and decision.inputs:
+                solved.inputs[plan.ref.name] = decision.inputs
+
+    def _shared(self, members: Sequence[LayerPlan], own: Solved, owner: int) -> Solved:
+        """Return what `owner` made of a set; where that was another process, its values are put into the block too."""
+        if self.ranks.size == 1:
+            return own
+        packed = self.ranks.share_tensors(own.packed, owner)
+        theirs = self.ranks.share(replace(own, packed={}, inputs=_on(torch.device("cpu"), own.inputs)), owner)
+        if owner == self.ranks.rank:
+            return own
+        for plan in members:
+            values = self._unpacked(plan, packed)
+            part = self.skeleton.part(plan.ref.param, plan.ref.where)
+            part.copy_(values.view_as(part))
+        return replace(theirs, packed=packed, inputs=_on(self.skeleton.device, theirs.inputs))
+
+    def _unpacked(self, plan: LayerPlan, packed: Mapping[str, Tensor]) -> Tensor:
+        """Return the values that packed bytes stand for, which are those their owner has, bit for bit."""
+        ref, fmt = plan.ref, self.format_of(plan)
+        if plan.format == PRUNED:
+            return packed[ref.name].float()
+        assert ref.matrix is not None
+        suffixes = fmt.layout(ref.matrix)
+        tensors = {suffix: packed[f"{ref.module}.{suffix}"].to(self.skeleton.device) for suffix in suffixes}
+        return fmt.decode(*fmt.unpack(PackedTensor(fmt.name, ref.matrix, tensors)))
 
     def _tasks(self, members: Sequence[LayerPlan], capture: Capture | None) -> list[Layer]:
         """Return the layers of a fused set as the method sees them."""
@@ -198,6 +247,24 @@ class Solver:
         return decision, moved
 
 
+def _fused(members: Sequence[LayerPlan]) -> list[list[LayerPlan]]:
+    """Return neighbours that are fused, together."""
+    groups: dict[str, list[LayerPlan]] = {}
+    for plan in members:
+        groups.setdefault(plan.ref.fused_with, []).append(plan)
+    return list(groups.values())
+
+
+def _on(device: torch.device, inputs: Mapping[str, tuple[InputOp, ...]]) -> dict[str, tuple[InputOp, ...]]:
+    """Return operations with their tensors on a device."""
+
+    def moved(op: Any) -> Any:
+        found = {entry.name: getattr(op, entry.name) for entry in fields(op)}
+        return replace(op, **{name: value.to(device) for name, value in found.items() if isinstance(value, Tensor)})
+
+    return {name: tuple(moved(op) for op in ops) for name, ops in inputs.items()}
+
+
 def _turns(decision: Decision) -> list[InputOp]:
     """Return the operations on a layer's input that its weight had to follow."""
     ops = decision.inputs if isinstance(decision, Quantized) else ()
@@ -205,8 +272,11 @@ def _turns(decision: Decision) -> list[InputOp]:
 
 
 def _as_stored(weight: Tensor, decision: Decision) -> Tensor:
-    """Return the weight as it would be stored unrounded, `[out, in]`: for inputs that are rotated and reordered."""
+    """Return the weight as it would be stored unrounded, `[out, in]`: for inputs scaled, rotated or reordered."""
     turns = _turns(decision)
+    if isinstance(decision, Quantized):
+        for scale in (op for op in decision.inputs if isinstance(op, Scale)):
+            weight = weight / scale.factor
     return turned_weight(weight, turns) if turns else weight
 
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from compressor.calibration.capture import Capture
-from compressor.calibration.stats import lane_of
+from compressor.calibration.stats import LANES, samples_of
 from compressor.calibration.store import Boundary, HiddenStore
 from compressor.checkpoint.blocks import BlockSequence, Recording
 from compressor.methods.base import Stream
+from compressor.ranks import ALONE, Ranks
 
 FP, COMPRESSED = Stream.FP.value, Stream.COMPRESSED.value
 
@@ -29,6 +30,9 @@ CARRIED = {
 class Streams:
     """Carries samples from block to block.
 
+    Every process runs the samples of lanes of its own, and those of the reserve that fall to it. Where statistics
+    cannot be put together from parts, or experts must be topped up, all processes run all samples.
+
     Args:
         folder: Where hidden states live.
         names: The streams to carry: `fp`, `compressed`, both or none.
@@ -37,6 +41,7 @@ class Streams:
         device: Where samples are run.
         products: The context they are run in.
         reserve: Tokens `[n, seq_len]` of further samples, from which experts that few tokens reach are topped up.
+        ranks: The processes that share the samples.
     """
 
     def __init__(
@@ -48,13 +53,15 @@ class Streams:
         device: torch.device,
         products: AbstractContextManager[None],
         reserve: Tensor | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         assert tokens is not None or not names, "streams carry calibration tokens"
         self.blocks, self.device, self.products = blocks, device, products
         self.n_samples = 0 if tokens is None else tokens.shape[0]
         self.on_reserve = False
         self.tokens = tokens if tokens is None or reserve is None else torch.cat([tokens, reserve])
-        self.stores = {name: HiddenStore(folder, name, device) for name in names}
+        self.ranks = ranks
+        self.stores = {name: HiddenStore(folder, name, device, ranks) for name in names}
         self.recording: Recording | None = None
 
     def enter(self, first: bool) -> dict[str, Boundary]:
@@ -71,16 +78,21 @@ class Streams:
         entering: dict[str, Boundary] = {}
         for name, store in self.stores.items() if first else ():
             with store.writer(0) as writer:
-                for sample in range(self._in_all):
-                    writer.append(self.blocks.prologue(self._inputs(sample))[0])
+                for sample in self._writes():
+                    writer.put(sample, self.blocks.prologue(self._inputs(sample))[0])
                 entering[name] = writer.close()
         return entering
 
     def advance(self, index: int, name: str, before: Mapping[str, Boundary], capture: Capture | None) -> Boundary:
         """Run every sample of a stream through block `index` as it now is, and write what leaves it."""
+        writes = set(self._writes())
         with self.stores[name].writer(index + 1) as writer:
-            for leaving in self._leaving(index, name, before, capture, self._in_all):
-                writer.append(leaving)
+            for sample, leaving in self._main(index, name, before, capture):
+                if sample in writes:
+                    writer.put(sample, leaving)
+            for sample, leaving in self._reserve(index, name, before, capture):
+                if sample in writes:
+                    writer.put(sample, leaving)
             boundary = writer.close()
         if capture:
             self._top_up(index, name, before, capture)
@@ -88,15 +100,22 @@ class Streams:
 
     def observe(self, index: int, before: Mapping[str, Boundary], capture: Capture) -> None:
         """Collect statistics of what the original block makes of the compressed prefix."""
-        for _ in self._leaving(index, COMPRESSED, before, capture, self.n_samples):
+        for _ in self._main(index, COMPRESSED, before, capture):
             pass
         capture.coverage.from_reserve = True
         for sample in range(self.n_samples, self._in_all):
             if not capture.coverage.lacking():
                 break
-            with capture.attached(), torch.no_grad(), self.products, self._reserve(True):
+            with capture.attached(), torch.no_grad(), self.products, self._on_reserve(True):
                 self.run(index, self.stores[COMPRESSED].read(before[COMPRESSED], sample))
         self._top_up(index, COMPRESSED, before, capture)
+
+    def watch(self, index: int, before: Mapping[str, Boundary]) -> None:
+        """Run every sample behind the compressed prefix through the block as it now is, for others to look on."""
+        with torch.no_grad():
+            for sample in range(self.n_samples):
+                with self.products:
+                    self.run(index, self.stores[COMPRESSED].read(before[COMPRESSED], sample))
 
     def run(self, index: int, hidden: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """Run block `index` on one sample; see `BlockSequence.run`."""
@@ -117,7 +136,7 @@ class Streams:
         return {self.blocks.model.main_input_name: self.tokens[sample : sample + 1].to(self.device)}
 
     @contextmanager
-    def _reserve(self, used: bool) -> Iterator[None]:
+    def _on_reserve(self, used: bool) -> Iterator[None]:
         """Say in `on_reserve` whether what runs now belongs to the reserve."""
         self.on_reserve = used
         try:
@@ -130,23 +149,53 @@ class Streams:
         """Samples, those of the reserve included."""
         return 0 if self.tokens is None else self.tokens.shape[0]
 
-    def _leaving(
-        self, index: int, name: str, before: Mapping[str, Boundary], capture: Capture | None, until: int
-    ) -> Iterator[Tensor]:
-        """Yield what leaves the block as it now is, sample by sample, while statistics are collected."""
-        store, boundary, count = self.stores[name], before[name], self.n_samples
+    def _writes(self) -> Iterator[int]:
+        """Yield the samples whose states this process writes."""
+        rank, size = self.ranks.rank, self.ranks.size
+        for lane in range(rank, self._lanes, size):
+            yield from samples_of(lane, self.n_samples)
+        yield from range(self.n_samples + rank, self._in_all, size)
+
+    @property
+    def _lanes(self) -> int:
+        return min(LANES, self.n_samples)
+
+    def _main(
+        self, index: int, name: str, before: Mapping[str, Boundary], capture: Capture | None
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Yield what leaves the block as it now is, sample by sample, while statistics are collected.
+
+        In each round as many lanes are run as there are processes, and then added in order: a total is the same sum in
+        the same order whoever ran what.
+        """
+        ranks = self.ranks if capture is None or capture.divisible else ALONE
         with capture.attached() if capture else nullcontext(), torch.no_grad():
-            for sample in range(until):
-                if capture:
-                    capture.coverage.from_reserve = sample >= count
-                with self.products, self._reserve(sample >= count):
-                    leaving = self.run(index, store.read(boundary, sample))
-                yield leaving
-                if sample >= count:
-                    continue
-                lane_ends = sample + 1 == count or lane_of(sample, count) != lane_of(sample + 1, count)
-                if capture and lane_ends:
+            for first in range(0, self._lanes, ranks.size):
+                lane = first + ranks.rank
+                for sample in samples_of(lane, self.n_samples) if lane < self._lanes else ():
+                    with self.products:
+                        leaving = self.run(index, self.stores[name].read(before[name], sample))
+                    yield sample, leaving
+                if capture and ranks.size > 1:
+                    capture.join_lanes(min(ranks.size, self._lanes - first))
+                elif capture:
                     capture.close_lane()
+        if capture and ranks.size > 1:
+            capture.count_rows()
+
+    def _reserve(
+        self, index: int, name: str, before: Mapping[str, Boundary], capture: Capture | None
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Yield what leaves the block of samples of the reserve; experts that lack tokens look at them."""
+        looked_at = capture is not None and bool(capture.coverage.lacking())
+        ranks = ALONE if looked_at else self.ranks
+        if capture:
+            capture.coverage.from_reserve = True
+        with capture.attached() if capture else nullcontext(), torch.no_grad():
+            for sample in range(self.n_samples + ranks.rank, self._in_all, ranks.size):
+                with self.products, self._on_reserve(True):
+                    leaving = self.run(index, self.stores[name].read(before[name], sample))
+                yield sample, leaving
 
     def _top_up(self, index: int, name: str, before: Mapping[str, Boundary], capture: Capture) -> None:
         """Close the lane of the reserve, and send calibration tokens to experts that lack some still.

@@ -77,6 +77,15 @@ def _fp4(group_size: GroupSize, dtype: torch.dtype) -> QuantFormat:
     return Float4()
 
 
+def _wide_float(bits: int) -> Builder:
+    def build(group_size: GroupSize, dtype: torch.dtype) -> QuantFormat:
+        from compressor.formats.split_floats import WideFloat
+
+        return WideFloat(bits)
+
+    return build
+
+
 def _power(bits: int) -> Builder:
     def build(group_size: GroupSize, dtype: torch.dtype) -> QuantFormat:
         import torch
@@ -98,6 +107,8 @@ BUILDERS: dict[str, Builder] = {
     "nvfp4": _nvfp4,
     "mxfp4": _mxfp4,
     "fp4": _fp4,
+    "fp6": _wide_float(6),
+    "fp8-searched": _wide_float(8),
     **{f"power{bits}": _power(bits) for bits in range(2, 9)},
     "fp8": _fp8("channel"),
     "fp8-tensor": _fp8("tensor"),
@@ -108,6 +119,8 @@ FIXED_GROUP: dict[str, int | None] = {
     "nvfp4": 16,
     "mxfp4": 32,
     "fp4": None,
+    "fp6": None,
+    "fp8-searched": None,
     "fp8": None,
     "fp8-tensor": None,
     "fp8-block": 128,
@@ -130,6 +143,8 @@ SUMMARIES: dict[str, str] = {
     "nvfp4": "4-bit floats (E2M1), FP8 scale per 16 inputs, one FP32 scale per fused set of layers; 4.5 bits",
     "mxfp4": "4-bit floats (E2M1), power-of-two scale per 32 inputs; 4.25 bits",
     "fp4": "LLM-FP4's 4-bit floats: E2M1, E1M2 or E3M0 per layer, real scale per output channel; 4 bits; native only",
+    "fp6": "LLM-FP4's 6-bit floats: E1M4 to E5M0 per layer, real scale per output channel; 6 bits; native only",
+    "fp8-searched": "LLM-FP4's 8-bit floats: E1M6 to E5M2 per layer, real scale per output channel; native only",
     **{f"power{bits}": f"NUPES' signed powers of integers, one scale {_GROUPS}; native only" for bits in range(2, 9)},
     "fp8": "8-bit floats (E4M3), one scale per output channel; 8 bits",
     "fp8-tensor": "8-bit floats (E4M3), one scale per matrix; 8 bits",

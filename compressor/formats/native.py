@@ -14,6 +14,7 @@ import torch
 
 from compressor.errors import CheckpointError
 from compressor.formats import BUILDERS, FIXED_GROUP, GroupSize, get_format
+from compressor.formats.activations import INPUT_FORMATS
 from compressor.formats.base import QuantFormat, group_setting
 
 QUANT_METHOD = "compressor"
@@ -35,12 +36,16 @@ class NativeSchemes:
         modules: Module name on disk -> its format.
         inputs: The different treatments of inputs.
         module_inputs: Module name on disk -> its treatment; others have none.
+        attention: Attention modules, by name in memory, whose operands are rounded.
+        attention_bits: Bits of the floats they are rounded to; 0 without such modules.
     """
 
     entries: tuple[tuple[str, GroupSize, torch.dtype | None], ...]
     modules: Mapping[str, int]
     inputs: tuple[Steps, ...] = ()
     module_inputs: Mapping[str, int] = field(default_factory=dict)
+    attention: tuple[str, ...] = ()
+    attention_bits: int = 0
 
     @classmethod
     def parse(cls, config: Mapping[str, Any]) -> NativeSchemes:
@@ -68,7 +73,7 @@ class NativeSchemes:
         for module, index in modules.items():
             if not isinstance(index, int) or not 0 <= index < len(parsed):
                 raise CheckpointError(f"quantization_config: {module} has format {index!r}", "config.json is damaged")
-        return cls(tuple(parsed), dict(modules), *_parse_inputs(config, modules))
+        return cls(tuple(parsed), dict(modules), *_parse_inputs(config, modules), *_parse_attention(config))
 
     def find(self, names: Sequence[str], dtype: torch.dtype) -> QuantFormat | None:
         """Return the format of a module, or None if it is dense.
@@ -104,6 +109,22 @@ def _parse_inputs(config: Mapping[str, Any], modules: Mapping[str, int]) -> tupl
         if module not in modules or not isinstance(index, int) or not 0 <= index < len(lists):
             raise CheckpointError(f"quantization_config: {module} has inputs {index!r}", "config.json is damaged")
     return tuple(tuple(dict(step) for step in steps) for steps in lists), dict(owners)
+
+
+def _parse_attention(config: Mapping[str, Any]) -> tuple[tuple[str, ...], int]:
+    """Return which attention modules round their operands, and to how many bits; most configs have none.
+
+    Raises:
+        CheckpointError: The entry is damaged, or newer than this package.
+    """
+    entry = config.get("attention")
+    if entry is None:
+        return (), 0
+    known = isinstance(entry, Mapping) and INPUT_FORMATS.get(str(entry.get("format")))
+    modules = entry.get("modules") if isinstance(entry, Mapping) else None
+    if not known or not known.searched or not isinstance(modules, list) or not all(isinstance(m, str) for m in modules):
+        raise CheckpointError(f"quantization_config: attention {entry!r} is unknown", "upgrade this package")
+    return tuple(modules), known.bits
 
 
 def native_entry(fmt: QuantFormat) -> dict[str, Any]:

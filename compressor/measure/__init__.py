@@ -13,9 +13,10 @@ from compressor.checkpoint.source import read_json
 from compressor.environment import pick_device
 from compressor.errors import RecipeError, disk_error
 from compressor.evals.compare import check_tokenizers
+from compressor.evals.embeddings import Sentences, find_sentences
 from compressor.evals.perplexity import Text
 from compressor.evals.results import Evaluation
-from compressor.evals.tasks import Kind, TaskSpec, choose
+from compressor.evals.tasks import EMBEDDINGS, SENTENCES, Kind, TaskSpec, choose
 from compressor.measure.job import Job
 from compressor.measure.subject import Subject
 from compressor.output import RECIPE
@@ -67,14 +68,16 @@ def evaluate(
     Args:
         model: A checkpoint folder, or anything else `compress quantize` takes.
         baseline: The original; None takes it from the recipe saved in `model`, and without one measures `model` alone.
-        tasks: `perplexity`, `kl`, `routers`, `minimal-pairs`, names of lm-eval tasks, or paths of task YAML; None is
-            perplexity, with a baseline KL, and for mixtures of experts routers.
+        tasks: `perplexity`, `kl`, `routers`, `embeddings`, `minimal-pairs`, names of lm-eval tasks, or paths of task
+            YAML; None is perplexity, with a baseline KL, for mixtures of experts routers, and for models without a head
+            `embeddings` alone.
         suite: Name or path of a suite of tasks, in addition to `tasks`.
-        text: For perplexity and KL: a preset (its held-out part), .txt or .jsonl file.
+        text: For perplexity, KL and sentences: a preset (its held-out part), .txt or .jsonl file.
         max_tokens: Tokens of the text to score, from its start.
-        context: Tokens per window.
+        context: Tokens per window, or of a sentence.
         num_fewshot: Examples in the prompts of lm-eval tasks; None leaves it to the tasks.
-        limit: Documents per lm-eval task (per phenomenon for minimal pairs), the first ones; None for all.
+        limit: Documents per lm-eval task (per phenomenon for minimal pairs), the first ones; None for all. Of sentences
+            None means 512.
         seed: Of few-shot choices.
         batch_size: Requests per forward pass of lm-eval tasks.
         cache: Take the original's results from the cache, and keep them there.
@@ -97,13 +100,14 @@ def evaluate(
         *(tasks, suite),
         has_baseline=original is not None,
         has_experts=candidate.has_experts,
+        headless=candidate.headless,
         num_fewshot=num_fewshot,
         limit=limit,
     )
     # A model known by name lies in a cache, which is no place for results.
     target = Path(output) if output is not None else candidate.folder if candidate.folder == Path(model) else None
     with ExitStack() as stack:
-        scored = _text(text, max_tokens, context, candidate, original, specs)
+        scored = _scored(text, max_tokens, context, candidate, original, specs)
         harness, names = _harness(specs, seed, progress)
         if harness:
             stack.enter_context(harness)
@@ -122,17 +126,20 @@ def original_of(folder: Path) -> str | None:
     return f"{model.partition('@')[0]}@{revision}" if revision else model
 
 
-def _text(
+def _scored(
     name: str, max_tokens: int, context: int, candidate: Subject, original: Subject | None, specs: Sequence[TaskSpec]
-) -> Text | None:
-    """Return the text to score, if a task needs it, in tokens that mean the same to both models."""
+) -> Text | Sentences | None:
+    """Return the text or the sentences to score, if a task needs them, in tokens that mean the same to both models."""
     if not any(spec.kind is Kind.TEXT for spec in specs):
         return None
-    model = original or candidate
-    tokens = tokenize(load_text(name), model.tokenizer, model.vocab_size, limit=max_tokens)
+    model, text = original or candidate, load_text(name)
+    tokens = tokenize(text, model.tokenizer, model.vocab_size, limit=max_tokens)
     if original:
         check_tokenizers(candidate.folder, original.folder, tokens)
-    return Text(Path(name).name if Path(name).is_file() else name, tokens, context)
+    shown = Path(name).name if Path(name).is_file() else name
+    if specs[0].name == EMBEDDINGS:
+        return Sentences(shown, find_sentences(text, specs[0].limit or SENTENCES), min(context, model.positions))
+    return Text(shown, tokens, context)
 
 
 def _harness(specs: Sequence[TaskSpec], seed: int, progress: Progress) -> tuple[Harness | None, tuple[str, ...]]:

@@ -13,10 +13,11 @@ import transformers
 from compressor import __version__
 from compressor.evals.baseline import Entry, recall, remember
 from compressor.evals.compare import compare
+from compressor.evals.embeddings import Sentences, compare_embeddings, embed
 from compressor.evals.perplexity import VERSION as TEXT_VERSION
 from compressor.evals.perplexity import Text, perplexity
 from compressor.evals.results import Evaluation, TaskResult
-from compressor.evals.tasks import AGAINST_BASELINE
+from compressor.evals.tasks import AGAINST_BASELINE, EMBEDDINGS
 from compressor.measure.subject import DTYPE, Subject
 from compressor.report import Progress
 
@@ -32,7 +33,7 @@ class Job:
         candidate: The model.
         original: What it was made from, or None.
         names: Tasks: `perplexity`, `kl`, and names of the harness.
-        text: What perplexity and KL are measured on; None if neither is asked for.
+        text: What perplexity and KL are measured on, or the sentences to embed; None if none of these is asked for.
         harness: The lm-eval tasks; None if there are none.
         seed: Of few-shot choices.
         batch_size: Requests per forward pass of lm-eval tasks.
@@ -43,7 +44,7 @@ class Job:
     candidate: Subject
     original: Subject | None
     names: tuple[str, ...]
-    text: Text | None
+    text: Text | Sentences | None
     harness: Harness | None
     seed: int
     batch_size: int
@@ -61,7 +62,9 @@ class Job:
         theirs: dict[str, TaskResult] = {}
         cached: list[str] = []
         if self.original:
-            if set(self.names) & set(AGAINST_BASELINE):
+            if EMBEDDINGS in self.names:
+                ours[EMBEDDINGS] = self._embeddings(self.original)
+            elif set(self.names) & set(AGAINST_BASELINE):
                 self._run_both(self.original, ours, theirs)
             for name in self.names:
                 if name not in AGAINST_BASELINE and name not in theirs:
@@ -75,7 +78,11 @@ class Job:
         seconds = time.perf_counter() - started
         header = self.original.header() if self.original else None
         chosen = {name: ours[name] for name in self.names}
-        model = Evaluation(self.candidate.header(), header, versions, self.seed, chosen, {"seconds": seconds})
+        cut = self.candidate.saturation.result()
+        saturation = None if cut is None else cut.to_json()
+        model = Evaluation(
+            self.candidate.header(), header, versions, self.seed, chosen, {"seconds": seconds}, saturation
+        )
         if header is None:
             return model, None
         # Perplexity that only came along with KL was not asked for; the cache has it.
@@ -85,7 +92,7 @@ class Job:
 
     def _run_both(self, original: Subject, ours: dict[str, TaskResult], theirs: dict[str, TaskResult]) -> None:
         """Run perplexity, KL and what routers do in one pass of both models over the text."""
-        assert self.text is not None
+        assert isinstance(self.text, Text)
         self.progress.stage("loading both models")
         models = self.candidate.model, original.model
         names = self.candidate.name, original.name
@@ -95,6 +102,16 @@ class Job:
             ours["routers"] = result.routers
         theirs["perplexity"] = result.baseline
         self._remember(original, "perplexity", result.baseline)
+
+    def _embeddings(self, original: Subject) -> TaskResult:
+        """Embed the sentences with both models, one after the other."""
+        assert isinstance(self.text, Sentences)
+        found = []
+        for subject in (original, self.candidate):
+            self.progress.stage(f"{subject.name}: embedding sentences")
+            found.append(embed(subject.model, subject.tokenizer, self.text, subject.name))
+            subject.release()
+        return compare_embeddings(found[1], found[0], self.text)
 
     def _of_original(self, original: Subject, name: str) -> tuple[TaskResult, bool]:
         """Return one task's result of the original, and whether it came from the cache."""
@@ -114,7 +131,7 @@ class Job:
         """Run one task, other than KL, on one model."""
         self.progress.stage(f"{subject.name}: {name}")
         if name == "perplexity":
-            assert self.text is not None
+            assert isinstance(self.text, Text)
             return perplexity(subject.model, self.text, subject.name, _windows(self.progress, subject.name))
         assert self.harness is not None
         return self.harness.run(

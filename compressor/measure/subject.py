@@ -17,6 +17,7 @@ from compressor.environment import load_tokenizer
 from compressor.errors import UnsupportedError
 from compressor.evals.activations import check_activations
 from compressor.evals.results import Model
+from compressor.evals.saturation import Watch
 from compressor.files import sha256_file
 from compressor.runtime import execution_path, load
 
@@ -43,6 +44,7 @@ class Subject:
         commit: Commit of a Hub revision, else None.
         fingerprint: Hash of config, weights and tokenizer.
         execution_path: What computes it; None until it was loaded, or set from a cached result.
+        saturation: Counts what static scales of its inputs cut off.
 
     Raises:
         CompressorError: It cannot be found or fetched.
@@ -53,6 +55,7 @@ class Subject:
         self.folder, self.commit = resolve_model(name, trust_remote_code)
         self.fingerprint = fingerprint(self.folder)
         self.execution_path: str | None = None
+        self.saturation = Watch()
         self._model: PreTrainedModel | None = None
         self._tokenizer: Any = None
 
@@ -61,16 +64,18 @@ class Subject:
         """The model, loaded the first time.
 
         Raises:
-            UnsupportedError: It predicts no tokens, or its inputs should be quantized, which its path does not do.
+            UnsupportedError: It has a head that predicts no tokens, or its inputs should be quantized, which its path
+                does not do.
             CheckpointError: It cannot be read.
         """
         if self._model is None:
             model = load(self.folder, dtype=DTYPE, device=self.device, trust_remote_code=self.trust_remote_code)
             check_activations(model, self.folder)
-            if model.get_output_embeddings() is None:
+            if model.get_output_embeddings() is None and not self.headless:
                 raise UnsupportedError(
                     f"{self.folder}: {type(model).__name__} predicts no tokens", "evaluate a language model"
                 )
+            self.saturation.over(model)
             self._model, self.execution_path = model, execution_path(model, self.rows)
         return self._model
 
@@ -92,6 +97,20 @@ class Subject:
         """Whether it is a mixture of experts, as the config says."""
         config = read_config(self.folder, self.trust_remote_code).get_text_config()
         return any((getattr(config, name, None) or 0) > 1 for name in _EXPERTS)
+
+    @property
+    def positions(self) -> int:
+        """The longest text it takes, in tokens, as config and tokenizer say."""
+        config = read_config(self.folder, self.trust_remote_code).get_text_config()
+        limits = (getattr(config, "max_position_embeddings", None), self.tokenizer.model_max_length)
+        return min(int(limit) for limit in limits if isinstance(limit, int | float) and limit > 0)
+
+    @property
+    def headless(self) -> bool:
+        """Whether it reads text and has no head, as its class's name in the config says."""
+        config = read_config(self.folder, self.trust_remote_code)
+        names = config.architectures or ("",)
+        return bool(names[0].endswith("Model")) and hasattr(config.get_text_config(), "vocab_size")
 
     def release(self) -> None:
         """Free the model's memory; it is loaded again if it is needed again."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -115,6 +116,11 @@ class Layer:
         )
 
 
+def _as_they_are(left: float, generator: torch.Generator) -> AbstractContextManager[None]:
+    """Return a context in which no inputs are rounded."""
+    return nullcontext()
+
+
 @dataclass(frozen=True)
 class Block:
     """One block for BLOCK-scope methods. Weights are addressed by tensor name, as in `layers`.
@@ -131,6 +137,8 @@ class Block:
         device: Where all of this lives.
         progress: Told, in words, how far the method is.
         pieces: Samples that were cut from each calibration sample.
+        rounding: Context in which `forward` rounds the inputs of layers as the result will; gradients pass as if it did
+            not. Takes the share of values that are left as they are all the same, and what draws them.
     """
 
     name: str
@@ -143,6 +151,7 @@ class Block:
     device: torch.device
     progress: Callable[[str], None]
     pieces: int = 1
+    rounding: Callable[[float, torch.Generator], AbstractContextManager[None]] = _as_they_are
 
 
 @runtime_checkable

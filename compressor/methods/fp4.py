@@ -35,15 +35,18 @@ from pydantic import Field
 from torch import Tensor
 
 from compressor.calibration.channels import MaxAbs
+from compressor.calibration.operands import OperandWatch
 from compressor.calibration.samples import InputSample
 from compressor.calibration.stats import SecondMoment, Statistic
 from compressor.decision import Outcome, Quantized
 from compressor.formats.activations import GLOBAL_SCALE, INPUT_FORMATS, InputFormat
 from compressor.formats.base import QParams, QuantFormat, SearchableFormat
-from compressor.inputs import Quantize
+from compressor.formats.float4 import Float4
+from compressor.inputs import Quantize, RoundFloat
 from compressor.methods.base import Layer, MethodOptions, Scope, Stream
 from compressor.methods.fp4_inputs import JointSearch
 from compressor.methods.fp4_rows import row_errors
+from compressor.methods.operands import covering, search_operands
 from compressor.methods.rounding import InputSite
 from compressor.plan import WeightRef
 
@@ -83,10 +86,15 @@ class FP4:
         """Return the full second moment; its diagonal blocks are cut from it."""
         return (SecondMoment(),)
 
+    def solve_operands(self, watch: OperandWatch, bits: int) -> tuple[RoundFloat, ...]:
+        """Search the rounding of queries, keys, probabilities and values; see `operands.py`."""
+        start = covering(watch, bits, "attention")
+        return search_operands(watch, start, Float4(), self.options.points, min(self.options.rounds, 2))
+
     def refuse(self, ref: WeightRef, fmt: QuantFormat) -> str | None:
         """Refuse formats whose scales are not a short list of stored values."""
         if not isinstance(fmt, SearchableFormat):
-            return f"method fp4 searches 4-bit float formats (nvfp4, mxfp4, fp4), not {fmt.name}"
+            return f"method fp4 searches 4-bit float formats (nvfp4, mxfp4, fp4), fp6 and fp8-searched, not {fmt.name}"
         return None
 
     def input_format(self, wanted: str | None, weights: str | None) -> str | None:

@@ -23,10 +23,14 @@ import torch
 from torch import Tensor
 
 from compressor.formats.base import QParams, SearchableFormat
-from compressor.formats.float4 import POINTS, Float4
+from compressor.formats.float4 import Float4
 from compressor.formats.small_floats import SPLITS, TINY
+from compressor.formats.split_floats import POINTS, SplitFloat
 from compressor.inputs import RoundFloat
 from compressor.methods.fp4_rows import row_errors
+
+_FEW = 0.5
+"""Tokens per input up to which outputs are computed instead of products with a second moment, of which half is zero."""
 
 
 @dataclass
@@ -94,17 +98,24 @@ class JointSearch:
         """For every split, give each row the bias with the least error of its output.
 
         With `x'` the rounded inputs and `d = w' - w` that is `d G d + 2 d l`, `G = sum x' x'^T` and
-        `l = sum x' (x' - x)^T w`.
+        `l = sum x' (x' - x)^T w`; where tokens are few beside inputs, their outputs are cheaper.
         """
-        x = self.op.apply(self.x).double()
-        gram = x.T @ x
-        slope = ((x.T @ (x - self.x.double())) @ self.w.double().T).T.float()  # [out, in]
-        triangle = (gram.triu(1) * 2 + gram.diagonal().diag()).float()
+        x = self.op.apply(self.x)
+        direct = len(x) < _FEW * x.shape[1]
+        gram = None if direct else x.double().T @ x.double()
+        slope = triangle = None
+        if gram is not None:
+            slope = ((x.double().T @ (x.double() - self.x.double())) @ self.w.double().T).T.float()  # [out, in]
+            triangle = (gram.triu(1) * 2 + gram.diagonal().diag()).float()
         for index, start in enumerate(self.starts):
             best, least = start.scale, self.w.new_full((len(self.w), 1), torch.inf)
             for candidate in self.fmt.scale_candidates(start):
-                delta = self.fmt.round(self.w, candidate).sub_(self.w)
-                error = row_errors(delta, triangle) + 2 * (delta * slope).sum(-1, keepdim=True)
+                rounded = self.fmt.round(self.w, candidate)
+                if slope is None or triangle is None:
+                    error = (rounded @ x.T).sub_(self.target.T).square_().sum(-1, keepdim=True)
+                else:
+                    delta = rounded.sub_(self.w)
+                    error = row_errors(delta, triangle) + 2 * (delta * slope).sum(-1, keepdim=True)
                 best = torch.where(error < least, candidate.scale, best)
                 least = torch.minimum(error, least)
             self.tables[index] = replace(start, scale=best)
@@ -136,7 +147,7 @@ class JointSearch:
         """Yield the operation with the min-max bias of a split, then those with moved ones, offsets following."""
         start = RoundFloat.covering(self.bits, m, self.loudest, self.offsets)
         yield start
-        grid = self.fmt if isinstance(self.fmt, Float4) else Float4()
+        grid = self.fmt if isinstance(self.fmt, SplitFloat) else Float4()
         rho = -start.scale.double().log2()
         for n in range(self.points):
             moved = grid.moved(rho, n * POINTS // self.points)

@@ -31,6 +31,13 @@ class LearningOptions(MethodOptions):
     input_mix: float = Field(
         1.0, ge=0, le=1, description="share of input values from the compressed prefix, the rest from the original"
     )
+    drop: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="where inputs are rounded: share of their values, drawn anew in every step, that stay unrounded "
+        "while learning (QDrop); 1 learns the weights by themselves",
+    )
     balance: float = Field(
         0.5, ge=0, le=1, description="of tokens in the loss: 0 for plain squared errors, 1 for errors relative to each"
     )

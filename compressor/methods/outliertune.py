@@ -13,7 +13,8 @@ no norm feeds (`o_proj`, `down_proj`) are rounded per token.
 Here `s` is folded into the norm's gain up to one number `2^e` for all channels, which is stored as the layer's static
 scale: the codes `Q` are the same, and runtimes know the result as int8 with one scale per tensor. A shift goes into
 biases where the norm and its readers have them; where they do not, it is subtracted in front of the layer and `W z`
-added behind it, which only this package can store.
+added behind it, which only this package can store. Where blocks normalize after adding, a norm's output is the residual
+as well: it stays as it is, and shift and scales are applied in front of each layer that reads it, which is native too.
 
 Differs from the paper:
 - By default there is no shift where biases are missing, so that other programs can run the result (`shift=all`: shift).
@@ -24,6 +25,7 @@ Differs from the paper:
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -37,7 +39,7 @@ from compressor.errors import RecipeError
 from compressor.formats.activations import INPUT_FORMATS, InputFormat
 from compressor.formats.base import QuantFormat
 from compressor.formats.ints import IntFormat
-from compressor.inputs import InputOp, Quantize, Shift
+from compressor.inputs import InputOp, Quantize, Scale, Shift
 from compressor.methods.base import Layer, MethodOptions, Scope, Stream
 from compressor.methods.grids import mse_clip
 from compressor.methods.rounding import InputSite
@@ -119,9 +121,12 @@ class OutlierTune:
 
     def steps(self, fmt: InputFormat, site: InputSite) -> tuple[dict[str, object], ...]:
         """Return a static scale, and perhaps a shift before it, where a norm is in front; nothing elsewhere."""
-        if site.fold is None:
-            return ()
         rounding = INPUT_FORMATS[f"int{fmt.bits}-tensor"].describe()
+        if site.fold is None and site.norm is None:
+            return ()
+        if site.fold is None:
+            shift = ({"op": "shift", "carry": True},) if self.shifts else ()
+            return (*shift, {"op": "scale"}, rounding)
         native = self.options.shift == "all" and not site.fold.shifted
         return ({"op": "shift", "carry": True}, rounding) if native else (rounding,)
 
@@ -137,13 +142,16 @@ class OutlierTune:
     def solve(self, layer: Layer, fmt: QuantFormat, generator: torch.Generator) -> Outcome:
         """Round a weight, folded where a norm is in front, to nearest, and settle what happens to its input."""
         assert isinstance(fmt, IntFormat)
-        q, events = layer.fit(fmt), list[str]()
+        events = list[str]()
+        inputs = self._inputs(layer, fmt.dtype)
+        for scale in (op for op in inputs if isinstance(op, Scale)):
+            layer = replace(layer, weight=layer.weight / scale.factor)
+        q = layer.fit(fmt)
         if self.options.clip == "mse":
             q = mse_clip(layer.weight, fmt, q)
         if layer.n_tokens == 0:
             events.append(f"{layer.ref.name}: no calibration token reached it")
-        decision = Quantized(fmt.encode(layer.weight, q), q, self._inputs(layer, fmt.dtype))
-        return Outcome({layer.ref.name: decision}, tuple(events))
+        return Outcome({layer.ref.name: Quantized(fmt.encode(layer.weight, q), q, inputs)}, tuple(events))
 
     def _inputs(self, layer: Layer, dtype: torch.dtype) -> tuple[InputOp, ...]:
         """Return the operations planned for a layer behind a norm, else nothing: the recipe's format is used."""
@@ -151,12 +159,17 @@ class OutlierTune:
         if not layer.steps or not str(layer.steps[-1]["format"]).endswith("-tensor"):
             return ()
         rounding = INPUT_FORMATS[str(layer.steps[-1]["format"])]
-        z = self._middle(ranges) if layer.steps[0]["op"] == "shift" else None
-        scale = (reach(ranges, z).amax().reshape(1) / largest_code(rounding)).to(dtype)
-        quantize = Quantize(rounding, torch.where(scale == 0, torch.finfo(dtype).eps, scale))
-        if z is None:
-            return (quantize,)
-        return Shift(z, (layer.weight.double() @ z.double()).float()), quantize
+        planned = [step["op"] for step in layer.steps]
+        z = self._middle(ranges) if "shift" in planned else None
+        reaches, ops = reach(ranges, z), list[InputOp]()
+        if z is not None:
+            ops.append(Shift(z, (layer.weight.double() @ z.double()).float()))
+        if "scale" in planned:
+            factor = 1 / factors(reaches)
+            ops.append(Scale(factor))
+            reaches = reaches * factor
+        scale = (reaches.amax().reshape(1) / largest_code(rounding)).to(dtype)
+        return (*ops, Quantize(rounding, torch.where(scale == 0, torch.finfo(dtype).eps, scale)))
 
     def _ranges(self, layer: Layer) -> Tensor:
         return layer.magnitude(ChannelRange(self.options.cut))

@@ -2,7 +2,9 @@
 
 The loop shared by FlexRound and AdaRound. Li et al. 2021, "BRECQ: Pushing the Limit of Post-Training Quantization by
 Block Reconstruction", arXiv 2102.05426; streams and loss as in FlexRound (Lee et al. 2023, arXiv 2306.00317): the
-block reads what the compressed prefix produces, and its target is the original output on original input.
+block reads what the compressed prefix produces, and its target is the original output on original input. Where inputs
+of layers are rounded as well, they are while learning, as they will be in the result; a share of their values may be
+left out at random (Wei et al. 2022, "QDrop", ICLR, arXiv 2203.05740).
 
 A rounding says what its variables mean and how a gradient reaches them; the loop knows nothing about grids.
 """
@@ -220,7 +222,9 @@ def _step(
             weight = _token_weights(target, options.balance)
             size = float(target.square().mul_(weight).sum())
             unit = max(start * size * len(samples), torch.finfo(torch.float32).tiny)
-            loss = (block.forward(hidden, weights).float() - target).square().mul(weight).sum() / unit
+            with block.rounding(options.drop, generator):
+                leaving = block.forward(hidden, weights).float()
+            loss = (leaving - target).square().mul(weight).sum() / unit
             if not torch.isfinite(loss):
                 return math.nan
             loss.backward()
@@ -252,7 +256,7 @@ def _probe_loss(
     for sample in probes:
         target = block.targets(sample)
         weight = _token_weights(target, balance)
-        with products:
+        with products, block.rounding(0, torch.Generator()):
             leaving = block.forward(block.inputs(sample), weights)
         error = float((leaving.float() - target).square_().mul_(weight).sum(dtype=torch.float64))
         size = float(target.square().mul_(weight).sum(dtype=torch.float64))

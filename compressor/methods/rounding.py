@@ -18,10 +18,13 @@ class InputSite:
     Attributes:
         ref: Its weight.
         fold: The place in front of it where factors per channel can go, or None.
+        norm: Name of the norm that gives its input where that norm cannot be touched, as its output also goes on along
+            the residual (blocks that normalize after adding); else None.
     """
 
     ref: WeightRef
     fold: Fold | None
+    norm: str | None = None
 
 
 @runtime_checkable

@@ -1,7 +1,8 @@
 """Pruning: methods that choose which weights become zero, by the names users type.
 
 Add one: a file with the class, its `.md` page beside it and a line here. Methods of kind `language` decide the layers
-of a transformer's blocks and run on the engine that quantizes; those of kind `vision` have a runner of their own.
+of a transformer's blocks and run on the engine that quantizes; those of kind `structured`, which remove whole heads and
+neurons, and of kind `vision` have runners of their own.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 RUNNERS = {
     "language": "compressor.cli.prune_language:run",
+    "structured": "compressor.cli.prune_structured:run",
     "vision": "compressor.cli.prune_vision:run",
 }
 """Kind -> the function that carries out `compress prune` for it; it gets the flags."""
@@ -33,7 +35,7 @@ class Pruner:
         summary: One line for `compress list pruners`.
     """
 
-    kind: Literal["language", "vision"]
+    kind: Literal["language", "structured", "vision"]
     target: str
     summary: str
 
@@ -52,8 +54,18 @@ PRUNERS: dict[str, Pruner] = {
     "l1": Pruner(
         "vision", "compressor.vision.l1:L1", "remove the filters with the smallest weights; image classifiers, baseline"
     ),
+    "m-fac": Pruner(
+        "language",
+        "compressor.pruning.mfac:MFAC",
+        "M-FAC: the inverse of the empirical Fisher matrix says what a weight costs and how others make up for it",
+    ),
     "magnitude": Pruner(
         "language", "compressor.pruning.magnitude:Magnitude", "the smallest weights go; no data, the baseline"
+    ),
+    "optin": Pruner(
+        "structured",
+        "compressor.structured.optin:OPTIN",
+        "OPTIN: remove whole heads and groups of neurons, to a budget of multiply-adds; the model becomes smaller",
     ),
     "random": Pruner("vision", "compressor.vision.chance:Chance", "remove filters by chance; image classifiers"),
     "sparsegpt": Pruner(
@@ -95,5 +107,6 @@ def get_method(name: str, options: Mapping[str, Any]) -> Method:
     if name not in PRUNERS:
         return methods.get_method(name, options)
     if PRUNERS[name].kind != "language":
-        raise RecipeError(f"{name} prunes vision models", "see: compress list pruners")
+        what = "prunes vision models" if PRUNERS[name].kind == "vision" else "removes heads and neurons"
+        raise RecipeError(f"{name} {what}: it is no step of this kind", "see: compress list pruners")
     return methods.build(name, pruner_class(name), options)

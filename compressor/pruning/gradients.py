@@ -9,7 +9,7 @@ never built.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +24,16 @@ from compressor.checkpoint.skeleton import Skeleton
 from compressor.checkpoint.source import Source
 from compressor.errors import UnsupportedError
 from compressor.plan import OUTSIDE, LayerPlan, Plan
+from compressor.pruning.expert_gradients import watch_stack
 
 TOKENS_AT_ONCE = 1024
 """Tokens that run through a block at once."""
 
 LOGITS_AT_ONCE = 256
 """Tokens that run through the head at once: each takes three numbers per word of the vocabulary."""
+
+EXPERTS_PER_TOKEN = 4
+"""Experts that a token is taken to reach where memory is estimated."""
 
 Masks = Callable[[str], Tensor]
 """Tensor name -> mask bool `[out, in]`, True where the weight is kept."""
@@ -40,7 +44,7 @@ class LayerGradient:
     """What a backward pass left of one layer.
 
     Attributes:
-        inputs: Per sample `[in, tokens]` float32.
+        inputs: Per sample `[in, tokens]` float32; an expert has only the tokens that reach it.
         outputs: Per sample `[out, tokens]` float32, the gradient of that sample's loss.
     """
 
@@ -64,6 +68,25 @@ Gradients = Iterator[tuple[LayerPlan, Tensor, LayerGradient]]
 """Plan of a layer, its original weight `[out, in]` float32, and its gradients."""
 
 
+def held_by_gradients(layers: Sequence[LayerPlan], tokens: int) -> int:
+    """Return the bytes of a block's weights, and of its layers' inputs and output gradients for so many tokens.
+
+    The projections of a stack share the tokens: each token is taken to go to `EXPERTS_PER_TOKEN` of its experts.
+    """
+    total = 0
+    inputs: dict[str, float] = {}
+    experts = {(layer.ref.owner, layer.ref.where.expert) for layer in layers if layer.ref.where.expert is not None}
+    for layer in layers:
+        if layer.ref.matrix is None:
+            continue
+        rows, columns = layer.ref.matrix
+        n_experts = sum(owner == layer.ref.owner for owner, _ in experts) or 1
+        share = min(EXPERTS_PER_TOKEN / n_experts, 1.0)
+        inputs[layer.ref.fed_by] = share * columns * tokens
+        total += rows * columns + int(share * rows * tokens)
+    return 4 * (total + int(sum(inputs.values())))
+
+
 class MaskedModel:
     """The model with masks on its layers, run block by block.
 
@@ -74,6 +97,7 @@ class MaskedModel:
         blocks: The block sequence.
         folder: Where hidden states lie in between.
         products: The context blocks run in.
+        values: Tensor name -> weights `[out, in]` that take the place of the source's, or None.
     """
 
     def __init__(
@@ -84,10 +108,11 @@ class MaskedModel:
         blocks: BlockSequence,
         folder: Path,
         products: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        values: Callable[[str], Tensor | None] = lambda name: None,
     ) -> None:
         self.plan, self.source, self.skeleton, self.blocks = plan, source, skeleton, blocks
         self.store = HiddenStore(folder, "search", skeleton.device)
-        self.products = products
+        self.products, self.values = products, values
 
     def losses(self, tokens: Tensor, masks: Masks) -> Tensor:
         """Return the mean next-token loss of every sample, `[samples]` float32, for tokens `[samples, seq]`."""
@@ -99,7 +124,7 @@ class MaskedModel:
     ) -> tuple[Tensor, Iterator[tuple[LayerPlan, Tensor, LayerGradient]]]:
         """Return the loss of every sample, and then for each masked layer, last block first: plan, weight, gradients.
 
-        The weight is the original one, `[out, in]` float32.
+        The weight is the original one, or what takes its place, `[out, in]` float32.
         """
         losses, entering, gradients, recording = self._forward(tokens, masks, keep=True)
         return losses, self._reverse(masks, entering, gradients, recording)
@@ -151,7 +176,7 @@ class MaskedModel:
                 seen = {layer.ref.name: LayerGradient([], []) for layer in layers}
                 for number, gradient in enumerate(gradients):
                     hidden = self.store.read(entering[index], number).requires_grad_()
-                    with self._watched(layers, seen), torch.enable_grad():
+                    with self._watched(layers, seen, (hidden.shape[0], hidden.shape[1])), torch.enable_grad():
                         with self.products():
                             leaving = self.blocks.run(index, hidden, recording)
                         gradients[number] = torch.autograd.grad(leaving, hidden, gradient.to(leaving.dtype))[0]
@@ -161,46 +186,57 @@ class MaskedModel:
             (self.store.folder / entering[index].file).unlink()
 
     @contextmanager
-    def _watched(self, layers: list[LayerPlan], seen: Mapping[str, LayerGradient]) -> Iterator[None]:
-        """Record inputs and the gradients of outputs of these layers' modules, sample by sample."""
-        handles = []
+    def _watched(
+        self, layers: list[LayerPlan], seen: Mapping[str, LayerGradient], shape: tuple[int, int]
+    ) -> Iterator[None]:
+        """Record inputs and the gradients of outputs of these layers' modules, for samples x tokens of this shape."""
+        undo: list[Callable[[], object]] = []
         copies: dict[int, tuple[Tensor, list[Tensor]]] = {}  # layers that read one tensor share its copy
+
+        def split(values: Tensor) -> list[Tensor]:
+            return [x.T.float().contiguous() for x in values.detach().reshape(*shape, -1)]
 
         def watch(layer: LayerPlan, module: nn.Module) -> None:
             def after(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-                if args[0].dim() != 3:
+                if args[0].shape[:-1] not in (shape, (shape[0] * shape[1],)):
                     raise UnsupportedError(
                         f"{layer.ref.name}: its input is {list(args[0].shape)}, not samples x tokens x width",
                         "leave it out with --skip, or use --method wanda or sparsegpt",
                     )
                 found = copies.get(id(args[0]))
                 if found is None:
-                    found = (args[0], [x.T.float().contiguous() for x in args[0].detach()])
-                    copies[id(args[0])] = found
+                    found = copies[id(args[0])] = (args[0], split(args[0]))
                 seen[layer.ref.name].inputs.extend(found[1])
-                output.register_hook(
-                    lambda grad: seen[layer.ref.name].outputs.extend(d.T.float().contiguous() for d in grad)
-                )
+                output.register_hook(lambda grad: seen[layer.ref.name].outputs.extend(split(grad)))
 
-            handles.append(module.register_forward_hook(after))
+            undo.append(module.register_forward_hook(after).remove)
 
+        stacks: dict[str, list[LayerPlan]] = {}
         for layer in layers:
-            watch(layer, self.skeleton.model.get_submodule(layer.ref.param.rpartition(".")[0]))
+            if layer.ref.where.expert is not None:
+                stacks.setdefault(layer.ref.owner, []).append(layer)
+            else:
+                watch(layer, self.skeleton.model.get_submodule(layer.ref.owner))
+        for owner, members in stacks.items():
+            undo.append(watch_stack(self.skeleton.model.get_submodule(owner), members, seen, shape[0]))
         try:
             yield
         finally:
-            for handle in handles:
-                handle.remove()
+            for action in undo:
+                action()
 
     @contextmanager
     def _block(self, index: int, masks: Masks) -> Iterator[dict[str, Tensor]]:
-        """Keep a block resident with its masks applied; yields the original weights of its masked layers."""
+        """Keep a block resident with its masks applied; yields its masked layers' weights without them."""
         layers = self.plan.in_block(index)
         self.skeleton.load(self.source.read(layer.ref.name for layer in layers))
         originals: dict[str, Tensor] = {}
         for layer in layers:
             if layer.format:
                 weight = self.skeleton.part(layer.ref.param, layer.ref.where)
+                moved = self.values(layer.ref.name)
+                if moved is not None:
+                    weight.copy_(moved)
                 originals[layer.ref.name] = weight.detach().clone()
                 weight.masked_fill_(~masks(layer.ref.name).to(weight.device), 0.0)
         try:

@@ -34,10 +34,10 @@ from compressor.errors import CheckpointError, RecipeError
 from compressor.files import sha256_file
 from compressor.formats.base import QuantFormat
 from compressor.methods.base import Layer, Stream
-from compressor.plan import Kind, LayerPlan, Plan, WeightRef
+from compressor.plan import Kind, LayerPlan, Plan
 from compressor.pruning.base import PruneOptions, PruningMethod, masked
 from compressor.pruning.candidates import Choice, TensorState
-from compressor.pruning.gradients import MaskedModel
+from compressor.pruning.gradients import MaskedModel, held_by_gradients
 from compressor.pruning.mask_file import read_masks, write_masks
 from compressor.pruning.starts import STARTS, Start
 from compressor.pruning.step import Settings, Step, accepted, take_step
@@ -144,20 +144,10 @@ class ICBS(PruningMethod):
         """Return nothing: the search looks at the data."""
         return ()
 
-    def refuse(self, ref: WeightRef, fmt: QuantFormat) -> str | None:
-        """Refuse formats and shapes as all do, and experts, whose inputs no hook sees."""
-        if ref.kind is Kind.EXPERT:
-            return f"{ref.name}: method icbs does not look into expert stacks; leave them out with --skip, or use wanda"
-        return super().refuse(ref, fmt)
-
     def memory(self, layers: Sequence[LayerPlan]) -> int:
         """Return the bytes of a block's original weights, and of its layers' inputs and output gradients."""
-        shapes = [(layer.ref.fed_by, *layer.ref.matrix) for layer in layers if layer.ref.matrix]
-        widths = sum({fed_by: columns for fed_by, _, columns in shapes}.values())
-        tokens = self.options.samples * self.options.window
         gathered = 2 * self.options.block * self.options.window  # rows and columns of one sample's block
-        weights = sum(rows * columns for _, rows, columns in shapes)
-        return 4 * (tokens * (widths + sum(rows for _, rows, _ in shapes)) + gathered + weights)
+        return held_by_gradients(layers, self.options.samples * self.options.window) + 4 * gathered
 
     def operations(self, plan: Plan, tokens: int) -> float:
         """Return about how many operations a search takes, given the calibration tokens."""

@@ -163,9 +163,9 @@ def _sort(
             experts.setdefault(name, []).append(weight)
             continue
         module = model.get_submodule(name)
-        if type(module) not in (nn.Linear, nn.Conv2d) or leaf != "weight":
+        if type(module) not in (nn.Linear, nn.Conv2d, nn.Embedding) or leaf != "weight":
             raise UnsupportedError(
-                f"{weight.module}: its class {type(module).__name__} is no plain linear layer or convolution, "
+                f"{weight.module}: its class {type(module).__name__} is no plain linear layer, convolution or table, "
                 "and cannot stay packed",
                 "compress the model without this layer (--skip)",
             )

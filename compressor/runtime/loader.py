@@ -17,15 +17,19 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from compressor.calibration import kv_cache
+from compressor.checkpoint import operands
+from compressor.checkpoint.building import building
 from compressor.checkpoint.cuts import apply_cuts, cuts_of
 from compressor.checkpoint.skeleton import Skeleton, model_class, quiet, read_config
 from compressor.checkpoint.source import Source, check_finite, read_json
 from compressor.errors import CheckpointError, UnsupportedError
 from compressor.formats.base import PackedTensor
+from compressor.formats.native import NativeSchemes
 from compressor.formats.schemes import Schemes
 from compressor.inputs import InputOp
 from compressor.kernels import dispatch
 from compressor.runtime.convolution import PackedConv2d
+from compressor.runtime.embedding import PackedEmbedding, tie_heads
 from compressor.runtime.layout import Layout, PackedWeight, read_layout
 from compressor.runtime.modules import PackedExperts, PackedLinear, refuse_experts
 from compressor.runtime.stored import assemble, assemble_inputs, open_checkpoint
@@ -59,6 +63,8 @@ def load(
     _keep_float32(model, dtype)
     if isinstance(schemes, Schemes) and schemes.kv_cache:
         _quantize_caches(model, source, dtype)
+    if isinstance(schemes, NativeSchemes) and schemes.attention:
+        operands.prepare_empty(model, schemes.attention, schemes.attention_bits)
     layout = read_layout(model, source, schemes, dtype)
     _fill_dense(model, source, layout, device)
     for name, weight in layout.linears.items():
@@ -67,11 +73,15 @@ def load(
         if isinstance(linear, nn.Conv2d):
             model.set_submodule(name, PackedConv2d(packed, weight.fmt, linear, dtype))
             continue
+        if isinstance(linear, nn.Embedding):
+            model.set_submodule(name, PackedEmbedding(packed, weight.fmt, linear, dtype))
+            continue
         assert isinstance(linear, nn.Linear)
         model.set_submodule(name, PackedLinear(packed, weight.fmt, linear.bias, inputs, dtype))
     for name, weights in layout.experts.items():
         model.set_submodule(name, _experts(model.get_submodule(name), name, source, weights, dtype, device))
-    model.tie_weights()
+    tie_heads(model)
+    model.tie_weights(recompute_mapping=False)  # without the heads that were tied just now
     return _finish(model, path, device)
 
 
@@ -88,7 +98,7 @@ def execution_path(model: nn.Module, m: int = 1) -> str:
         return f"dense-{dtype}"
     kernels, formats, inputs = set(), set(), set()
     for layer in layers:
-        decoded = isinstance(layer, PackedConv2d)
+        decoded = isinstance(layer, PackedConv2d | PackedEmbedding)
         kernels.add("reference" if decoded else dispatch.pick(layer.problem(m)).name)
         formats.add(layer.fmt.name)
         inputs |= {str(step.describe().get("format", step.describe()["op"])) for step in layer.inputs}
@@ -101,8 +111,9 @@ def _build(path: Path, dtype: torch.dtype, trust_remote_code: bool) -> PreTraine
     config = read_config(path, trust_remote_code)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # transformers would build its own quantized layers
-    with init_empty_weights(include_buffers=False), quiet():
-        model: PreTrainedModel = model_class(path, config, trust_remote_code)._from_config(config, dtype=dtype)
+    cls = model_class(path, config, trust_remote_code)
+    with building(path), init_empty_weights(include_buffers=False), quiet():
+        model: PreTrainedModel = cls._from_config(config, dtype=dtype)
     apply_cuts(model, cuts_of(read_json(path / "config.json")))
     return model
 
@@ -164,8 +175,10 @@ def _fill_dense(model: PreTrainedModel, source: Source, layout: Layout, device: 
 def _check_ties(model: PreTrainedModel, source: Source, layout: Layout) -> None:
     """Raise if the config ties two weights that are stored with different values: one would be lost."""
     for name, other in model.all_tied_weights_keys.items():
-        module = name.removesuffix(".weight")
-        if module in layout.linears or other.removesuffix(".weight") in layout.linears:
+        module, origin = name.removesuffix(".weight"), other.removesuffix(".weight")
+        if origin in layout.linears and module not in layout.linears and name not in layout.dense:
+            continue  # one packed table for both
+        if module in layout.linears or origin in layout.linears:
             raise CheckpointError(
                 f"{name} is stored packed, but the config ties it to {other}", "set tie_word_embeddings to false"
             )

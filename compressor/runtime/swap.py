@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from compressor.checkpoint import operands
 from compressor.checkpoint.cuts import apply_cuts, cuts_of
 from compressor.checkpoint.skeleton import META, Skeleton, Target, without_expert_merging
 from compressor.errors import CheckpointError
@@ -16,6 +17,7 @@ from compressor.formats.base import PackedTensor, QuantFormat
 from compressor.formats.native import NativeSchemes, Steps
 from compressor.inputs import InputOp, rebuild, stored_slots
 from compressor.runtime.convolution import PackedConv2d
+from compressor.runtime.embedding import PackedEmbedding, tie_heads
 from compressor.runtime.modules import PackedExperts, PackedLinear
 
 
@@ -27,6 +29,8 @@ def swap_native(model: PreTrainedModel, config: Mapping[str, Any]) -> None:
     """
     schemes = NativeSchemes.parse(config)
     apply_cuts(model, cuts_of({"quantization_config": config}))
+    if schemes.attention:
+        operands.prepare_empty(model, schemes.attention, schemes.attention_bits)
     # Only an expert's place in its stack depends on shapes, and only on whether gate comes before up.
     targets = Skeleton(model, META).targets({f"{module}.weight": (1, 1) for module in schemes.modules})
     dtype = model.dtype
@@ -45,11 +49,16 @@ def swap_native(model: PreTrainedModel, config: Mapping[str, Any]) -> None:
             packed = empty_packed(fmt, (linear.out_channels, linear.weight[0].numel()))
             model.set_submodule(owner, PackedConv2d(packed, fmt, linear, dtype))
             continue
+        if isinstance(linear, nn.Embedding):
+            packed = empty_packed(fmt, (linear.num_embeddings, linear.embedding_dim))
+            model.set_submodule(owner, PackedEmbedding(packed, fmt, linear, dtype))
+            continue
         if not isinstance(linear, nn.Linear):
             raise CheckpointError(f"{module}: is listed as packed, but is a {type(linear).__name__}", "wrong config?")
         packed = empty_packed(fmt, (linear.out_features, linear.in_features))
         inputs = empty_inputs(schemes.steps((module,)), (linear.out_features, linear.in_features), dtype)
         model.set_submodule(owner, PackedLinear(packed, fmt, linear.bias, inputs, dtype))
+    tie_heads(model)
     for owner, members in experts.items():
         model.set_submodule(owner, _empty_experts(model.get_submodule(owner), members, dtype))
 

@@ -24,9 +24,12 @@ from compressor.evals.compare import difference, is_perplexity
 from compressor.evals.results import Estimate, Evaluation
 from compressor.evals.verdict import read_verdict
 from compressor.formats.native import MODEL_TYPE_PREFIX
+from compressor.formats.pruned import PRUNED
 from compressor.measure import BASELINE_EVALUATION, EVALUATION
+from compressor.pruning import PRUNERS
 from compressor.ship.finished import finished
 from compressor.ship.run import RESOLVED
+from compressor.yaml_text import parse_yaml
 
 CARD = "README.md"
 MARK = "<!-- written by compress -->"
@@ -39,6 +42,8 @@ _LABELS = {
     "nll": "nats per token",
 }
 _DEFAULTS = {"n_samples": 32, "seq_len": 512}
+_SEARCHES = ("icbs", "m-fac", "optin")
+"""Methods that look at the calibration text themselves: no tensor's row counts its tokens."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,7 @@ def make_card(folder: Path, repo: str, origin: Origin) -> str:
         f"{MARK}\n# {repo.rpartition('/')[2]}",
         _what(report, origin),
         _scores(folder),
-        _loading(repo, config, native),
+        _loading(repo, config, native, _packed(report)),
         _how(folder, report),
         _limits(report, native, folder),
     ]
@@ -106,12 +111,18 @@ def make_card(folder: Path, repo: str, origin: Origin) -> str:
 
 
 def command_of(recipe: Mapping[str, Any]) -> str:
-    """Return the `compress quantize` call that a saved recipe came from, or an equal one."""
-    words = ["compress", "quantize", _name(str(recipe["model"])), "--method", str(recipe["method"])]
+    """Return the `compress quantize` or `compress prune` call that a saved recipe came from, or an equal one."""
+    prunes = recipe["method"] in PRUNERS
+    words = ["compress", "prune" if prunes else "quantize", _name(str(recipe["model"]))]
+    words += ["--method", str(recipe["method"])]
+    options = dict(recipe.get("options") or {})
+    for key in ("sparsity", "pattern", "macs", "finetune") if prunes else ():
+        amount = options.pop(key, None) or recipe.get(key)
+        words += [f"--{key}", str(amount)] if amount else []
     for key, flag in (("format", "--format"), ("group_size", "--group-size"), ("inputs", "--inputs")):
-        if recipe.get(key) is not None:
+        if recipe.get(key) not in (None, PRUNED):
             words += [flag, str(recipe[key])]
-    for key, value in (recipe.get("options") or {}).items():
+    for key, value in options.items():
         words += ["--option", f"{key}={value if isinstance(value, str) else json.dumps(value)}"]
     for override in recipe.get("overrides") or ():
         if override.get("keep"):
@@ -119,11 +130,16 @@ def command_of(recipe: Mapping[str, Any]) -> str:
         else:
             size = f":{override['group_size']}" if override.get("group_size") else ""
             words += ["--set", f"{override['match']}={override['format']}{size}"]
+    for glob in recipe.get("skip") or ():
+        words += ["--skip", glob]
     for glob in recipe.get("skip_inputs") or ():
         words += ["--skip-inputs", glob]
     if recipe.get("kv_cache"):
         words += ["--kv-cache", recipe["kv_cache"]]
+    if recipe.get("attention"):
+        words += ["--attention", recipe["attention"]]
     calibration = recipe.get("calibration") or {}
+    words += ["--data", _name(str(recipe["data"]))] if recipe.get("data") else []
     if calibration.get("data", "python-docs") != "python-docs":
         words += ["--data", _name(calibration["data"])]
     for key, default in _DEFAULTS.items():
@@ -156,7 +172,8 @@ def _front(report: Mapping[str, Any], config: Mapping[str, Any], origin: Origin,
         data["language"] = list(origin.languages)
     if any(str(name).endswith("ForCausalLM") for name in config.get("architectures") or ()):
         data["pipeline_tag"] = "text-generation"
-    tags = ["compress-hf" if native else "compressed-tensors", recipe["method"], *_formats(report)]
+    container = ["compress-hf"] if native else ["compressed-tensors"] if _packed(report) else []
+    tags = [*container, recipe["method"], *_formats(report)]
     data["tags"] = list(dict.fromkeys([*tags, *([recipe["inputs"]] if recipe.get("inputs") else [])]))
     return "---\n" + yaml.safe_dump(data, sort_keys=False, allow_unicode=True) + "---"
 
@@ -165,6 +182,11 @@ def _formats(report: Mapping[str, Any]) -> list[str]:
     """Return the formats of a report's tensors, the most frequent first."""
     counts = Counter(row["action"] for row in report["rows"] if row["action"] not in ("kept", "rewritten"))
     return [name for name, _ in counts.most_common()]
+
+
+def _packed(report: Mapping[str, Any]) -> bool:
+    """Return whether any weight is stored packed: pruned and cut ones are dense."""
+    return any(name != PRUNED for name in _formats(report))
 
 
 def _what(report: Mapping[str, Any], origin: Origin) -> str:
@@ -178,10 +200,11 @@ def _what(report: Mapping[str, Any], origin: Origin) -> str:
     for row in report["rows"]:
         entry = rows.setdefault(row["action"], [0, 0, 0])
         entry[0], entry[1], entry[2] = entry[0] + 1, entry[1] + row["bytes_before"], entry[2] + row["bytes_after"]
+    bits = f", {report['bits_per_weight']:.3f} bits per compressed weight with scales" if _packed(report) else ""
     lines = [
         f"{name}{at}, compressed after training with `{recipe['method']}`: weights take {_mb(after)} instead of "
-        f"{_mb(before)} ({before / max(after, 1):.2f} times smaller), {report['bits_per_weight']:.3f} bits per "
-        "compressed weight with scales."
+        f"{_mb(before)} ({before / max(after, 1):.2f} times smaller){bits}."
+        + _removed(report)
         + (f" Inputs of layers are rounded to `{recipe['inputs']}` at run time." if recipe.get("inputs") else ""),
         "",
         "| tensors | stored as | before | after |",
@@ -191,6 +214,18 @@ def _what(report: Mapping[str, Any], origin: Origin) -> str:
     if not origin.licence:
         lines += ["", "The licence of the original applies; it was not found in its files."]
     return "\n".join(lines)
+
+
+def _removed(report: Mapping[str, Any]) -> str:
+    """Return what pruning left, as a sentence; nothing where nothing was pruned."""
+    if report.get("sparsity") and report["recipe"]["method"] in PRUNERS:
+        return f" {report['sparsity']:.1%} of the pruned layers' weights are zero."
+    measured = report.get("measured") or {}
+    before, after = measured.get("before"), measured.get("finetuned") or measured.get("pruned") or measured.get("after")
+    if not before or not after:
+        return ""
+    share, parameters = after["macs"] / before["macs"], after["parameters"] / before["parameters"]
+    return f" {share:.1%} of the multiply-adds and {parameters:.1%} of the parameters are left."
 
 
 def _scores(folder: Path) -> str:
@@ -227,7 +262,7 @@ def _scores(folder: Path) -> str:
     return "\n".join(lines)
 
 
-def _loading(repo: str, config: Mapping[str, Any], native: bool) -> str:
+def _loading(repo: str, config: Mapping[str, Any], native: bool, packed: bool) -> str:
     dtype = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
     transformers = [
         "```python",
@@ -238,17 +273,19 @@ def _loading(repo: str, config: Mapping[str, Any], native: bool) -> str:
         f'tokenizer = AutoTokenizer.from_pretrained("{repo}")',
         "```",
     ]
-    vllm = (
-        ["vLLM cannot load it: the format has no place in compressed-tensors."]
-        if native
-        else ["```console", f"$ vllm serve {repo}", "```", "", "It has not been run in vLLM here."]
-    )
+    vllm = ["```console", f"$ vllm serve {repo}", "```", "", "It has not been run in vLLM here."]
+    if native:
+        what = (
+            "the format has no place in compressed-tensors" if packed else "its config cannot say how wide layers are"
+        )
+        vllm = [f"vLLM cannot load it: {what}."]
     ours = [
         "```python",
         "import compressor  # pip install compress-hf",
         "from huggingface_hub import snapshot_download",
         "",
-        f'model = compressor.load(snapshot_download("{repo}"))  # weights stay packed in memory',
+        f'model = compressor.load(snapshot_download("{repo}"))'
+        + ("  # weights stay packed in memory" if packed else ""),
         "```",
     ]
     parts = ["## Loading", "", "transformers:", "", *transformers, "", "vLLM:", "", *vllm, "", "compress:", "", *ours]
@@ -267,7 +304,7 @@ def _how(folder: Path, report: Mapping[str, Any]) -> str:
     data = (
         f"Calibration: {calibration.get('n_samples')} windows of {calibration.get('seq_len')} tokens of "
         f"`{calibration.get('data')}`, seed {recipe.get('seed', 0)}."
-        if any(row.get("tokens") for row in report["rows"])
+        if any(row.get("tokens") for row in report["rows"]) or (calibration and recipe["method"] in _SEARCHES)
         else "No calibration data was used."
     )
     versions = ", ".join(f"{name} {version}" for name, version in sorted(report["versions"].items()))
@@ -306,7 +343,7 @@ def _limits(report: Mapping[str, Any], native: bool, folder: Path) -> str:
     lines = [f"- {checked}"]
     if native:
         lines.append("- Stock transformers, vLLM and other programs cannot load it without the package `compress-hf`.")
-    else:
+    elif _packed(report):
         lines.append(
             "- Stock transformers decompresses it on the first forward pass: the file is small, its memory is not."
         )
@@ -325,8 +362,8 @@ def _metadata(card: Path) -> tuple[str | None, tuple[str, ...]]:
     if not text.startswith("---"):
         return None, ()
     try:
-        data = yaml.safe_load(text.split("---", 2)[1])
-    except (yaml.YAMLError, IndexError):
+        data = parse_yaml(text.split("---", 2)[1])
+    except (ValueError, IndexError):
         return None, ()
     if not isinstance(data, dict):
         return None, ()

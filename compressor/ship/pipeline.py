@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from compressor.errors import RecipeError, did_you_mean
 from compressor.ship.step import Head, Step
 from compressor.ship.steps import STEPS
+from compressor.yaml_text import parse_yaml, read_yaml
 
 RECIPES = Path(__file__).parent / "recipes"
 """Recipes that come with the package."""
@@ -148,11 +149,11 @@ def shipped() -> dict[str, str]:
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
+        data = read_yaml(path)
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read: {error.strerror}", "see: compress list recipes") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    except ValueError as error:
+        raise RecipeError(f"{path}: not YAML: {error}", "see docs/recipes.md") from error
     if not isinstance(data, dict):
         raise RecipeError(f"{path}: not a recipe: it needs model and steps", "see docs/recipes.md")
     if "method" in data and "steps" not in data:
@@ -191,8 +192,8 @@ def _change(document: dict[str, Any], change: str) -> None:
     if not found or len(keys) < 2 or not all(keys):
         raise RecipeError(f"--set {change!r} is not STEP.KEY=VALUE", "for example --set quantize.method=gptq")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = parse_yaml(text)
+    except ValueError:
         value = text
     steps = list(document.get("steps") or ())
     try:

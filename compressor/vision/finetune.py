@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from compressor.checkpoint.sink import save_tensors
 from compressor.errors import NumericalError, disk_error
 from compressor.vision.clusters import logits_of
 from compressor.vision.pixels import Pixels
@@ -259,7 +260,8 @@ def _save(folder: Path | None, model: nn.Module, optimizer: Any, best: dict[str,
     tensors |= {f"momentum.{index}": tensor for index, tensor in enumerate(_momenta(optimizer))}
     name = f"{progress.epoch}-{TENSORS}"
     try:
-        save_file({key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}, folder / name)
+        held = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
+        save_tensors(folder / name, held)
         state = {"epoch": progress.epoch, "history": progress.history, "tensors": name}
         state |= {"best": progress.best, "best_epoch": progress.best_epoch}
         temporary = folder / f".{STATE}"

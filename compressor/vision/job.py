@@ -8,17 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from compressor import output as output_files
-from compressor.checkpoint.sink import WORK, write_json
+from compressor import saving
+from compressor.checkpoint.sink import WORK, save_tensors, write_json
 from compressor.environment import versions
-from compressor.errors import CompressorError, VerificationError
 from compressor.plan import digest
-from compressor.process import peak_rss
 from compressor.report import Progress, Row, RunReport, Silent
-from compressor.verify import verify
-from compressor.vision import saving
+from compressor.verify import confirm
 from compressor.vision.clusters import Cluster, logits_of
 from compressor.vision.complexity import count_macs, count_parameters, latency
 from compressor.vision.cutting import cut_filters
@@ -114,12 +111,7 @@ def execute(job: CutJob, *, force: bool = False, progress: Progress | None = Non
     name = digest(parts)
     with output_files.claimed(job.out, parts, name, force):
         report = _run(job, name, progress)
-        report.events = [*job.events, *report.events]
-        report.files = output_files.file_hashes(job.out)
-        report.seconds = time.monotonic() - started
-        report.peak_rss = peak_rss()
-        write_json(job.out / output_files.REPORT, report.to_json())
-    output_files.finish(job.out)
+        output_files.conclude(job.out, report, job.events, started)
     return report
 
 
@@ -155,7 +147,7 @@ def _run(job: CutJob, name: str, progress: Progress) -> CutReport:
     probe = job.out / WORK / "probe.safetensors"
     with torch.no_grad():
         logits = logits_of(model(job.example))
-    save_file({"inputs": job.example.cpu(), "logits": logits.float().cpu()}, probe)
+    save_tensors(probe, {"inputs": job.example.cpu(), "logits": logits.float().cpu()})
     report.clusters = [_described(cluster, job.counts[cluster.name]) for cluster in job.graph.clusters]
     write_json(job.out / output_files.RECIPE, {**report.recipe, "source_revision": job.source.revision})
     saving.write(model, job.source, job.out, kept, job.trust_remote_code)
@@ -163,7 +155,7 @@ def _run(job: CutJob, name: str, progress: Progress) -> CutReport:
     report.bytes_before = sum(row.bytes_before for row in report.rows)
     report.bytes_after = sum(row.bytes_after for row in report.rows)
     progress.stage("verifying in a fresh process")
-    report.verification = _verify(job, probe)
+    report.verification = confirm(job.out, probe, trust_remote_code=job.trust_remote_code)
     return report
 
 
@@ -210,18 +202,3 @@ def _rows(job: CutJob, before: dict[str, tuple[int, ...]]) -> list[Row]:
 
 def _described(cluster: Cluster, counts: tuple[int, int]) -> dict[str, Any]:
     return {"name": cluster.name, "members": list(cluster.members), "before": counts[0], "after": counts[1]}
-
-
-def _verify(job: CutJob, probe: Path) -> dict[str, Any]:
-    """Reload in a fresh process; a result that cannot be trusted is made unloadable before the error goes on."""
-    try:
-        result = verify(job.out, probe, trust_remote_code=job.trust_remote_code)
-        if not result.ok:
-            differ = f"reloaded logits differ by {result.relative_error:.2e}, allowed is {result.tolerance:.0e}"
-            raise VerificationError(
-                f"{job.out}: {result.error or differ}", "this is a bug: please report it with the model's config.json"
-            )
-    except CompressorError:
-        (job.out / "config.json").replace(job.out / "config.json.failed")
-        raise
-    return result.to_json()

@@ -76,6 +76,7 @@ def prepare(
     out = out if out is not None else default_output(recipe)
     output_files.check_output(out, force)
     path, revision = resolve_model(recipe.model, trust_remote_code)
+    output_files.check_apart(out, path)
     source = Source.open(path, recipe.model, revision)
     if source.decoders:
         raise UnsupportedError(f"{recipe.model}: is quantized", "remove filters first, quantize what is left")

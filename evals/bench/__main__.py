@@ -1,4 +1,4 @@
-"""`python -m compressor.evals.bench run|render|list`: the project's tables, made again or extended.
+"""`python -m compressor.evals.bench run|render|list|plant`: the project's tables, made again or extended.
 
 The command line is argparse's: the user's program does not need this one.
 """
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m compressor.evals.bench", description=__doc__)
-    verbs = parser.add_subparsers(required=True, metavar="run|render|list")
+    verbs = parser.add_subparsers(required=True, metavar="run|render|list|plant")
     run = verbs.add_parser("run", help="make the rows that have no result yet, then the page")
     run.add_argument("table", help="YAML file, or the name of one of the project's tables")
     run.add_argument("--rows", default="*", metavar="GLOB", help="only rows whose name matches, and the original")
@@ -61,6 +61,11 @@ def _parser() -> argparse.ArgumentParser:
     render.set_defaults(command=_render)
     listing = verbs.add_parser("list", help="the project's tables and how far they are")
     listing.set_defaults(command=_list)
+    copy = verbs.add_parser("plant", help="write the copy with planted outlier channels that a table is about")
+    copy.add_argument("table", help="YAML file, or the name of one of the project's tables")
+    copy.add_argument("folder", type=Path, help="where the copy goes")
+    copy.add_argument("--data-dir", type=Path, default=Path(), metavar="DIR", help="folder of a model that is no name")
+    copy.set_defaults(command=_plant)
     return parser
 
 
@@ -91,6 +96,18 @@ def _run(options: argparse.Namespace) -> int:
         f"{len(summary.skipped)} skipped"
     )
     return 0 if summary.complete else INCOMPLETE
+
+
+def _plant(options: argparse.Namespace) -> int:
+    # Imported here: it loads torch, which pages are made without.
+    from compressor.evals.bench.inputs import find_model
+    from compressor.evals.bench.planted import plant
+
+    table = read_table(find_table(options.table))
+    if table.planted is None:
+        raise RecipeError(f"{options.table}: its model has no planted channels", "name a table with planted: {...}")
+    print(plant(find_model(table, options.data_dir)[0], options.folder, table.planted))
+    return 0
 
 
 def _render(options: argparse.Namespace) -> int:

@@ -48,15 +48,30 @@ def find_inputs(table: Table, data: Path, work: Path) -> Inputs:
     for index, spec in enumerate((table.calibration, table.evaluation)):
         if spec.part is not None:
             texts[index] = _part(texts[index], spec.part, work)
-    inside = data / table.model
-    is_name = table.model in EMBEDDED or (HUB_ID.fullmatch(table.model) is not None and not inside.is_dir())
-    argument = table.model if is_name else str(inside.resolve())
-    folder, _ = resolve_model(argument)
-    folder = folder.resolve()
+    folder, argument = find_model(table, data)
+    if table.planted is not None:
+        # Imported here: it builds the model, which other tables do without.
+        from compressor.evals.bench.planted import plant
+
+        folder = plant(folder, work.resolve() / table.model_name, table.planted)
+        argument = str(folder)
     source = Source.open(folder)
     bits = {"F64": 64.0, "F32": 32.0, "F16": 16.0, "BF16": 16.0}[source.dtype]
     stored = sum(info.nbytes for info in source.tensors.values())
     return Inputs(folder, argument, source.fingerprint, stored, bits, texts[0], texts[1])
+
+
+def find_model(table: Table, data: Path) -> tuple[Path, str]:
+    """Return the folder of the model that a table names, and what `compress` is told.
+
+    Raises:
+        CompressorError: It cannot be found or fetched.
+    """
+    inside = data / table.model
+    is_name = table.model in EMBEDDED or (HUB_ID.fullmatch(table.model) is not None and not inside.is_dir())
+    argument = table.model if is_name else str(inside.resolve())
+    folder, _ = resolve_model(argument)
+    return folder.resolve(), argument
 
 
 def write_tokens(table: Table, inputs: Inputs, folder: Path) -> tuple[Path, Path]:
@@ -78,6 +93,7 @@ def write_tokens(table: Table, inputs: Inputs, folder: Path) -> tuple[Path, Path
     samples, seq_len = table.calibration.samples, table.calibration.seq_len
     spec = CalibrationSpec(data=str(inputs.calibration), n_samples=samples, seq_len=seq_len)
     windows = build(spec, tokenizer, vocabulary, seed=table.seed).tokens
+    assert table.evaluation.tokens is not None, "other tools' rows are scored on tokens"
     scored = tokenize(load_text(str(inputs.evaluation)), tokenizer, vocabulary, limit=table.evaluation.tokens)
     folder.mkdir(parents=True, exist_ok=True)
     paths = folder / "calibration.npy", folder / "evaluation.npy"

@@ -22,8 +22,9 @@ class Prune(BaseModel):
 
     Attributes:
         method: As `compress prune --method`.
-        sparsity: Share of zeros.
+        sparsity: Share of zeros, or of the weights that are cut out.
         pattern: `N:M`.
+        macs: Share of the multiply-adds that stay.
         format: Format the same loop rounds to, or None.
         group_size: Inputs per scale of that format.
         options: Options of the method.
@@ -36,6 +37,7 @@ class Prune(BaseModel):
     method: str = Field(min_length=1)
     sparsity: float | None = Field(None, gt=0, lt=1)
     pattern: str | None = None
+    macs: float | None = Field(None, gt=0, le=1)
     format: str | None = None
     group_size: str | None = None
     options: dict[str, Any] = Field(default_factory=dict)
@@ -43,8 +45,8 @@ class Prune(BaseModel):
 
     @model_validator(mode="after")
     def _one_amount(self) -> Prune:
-        if (self.sparsity is None) == (self.pattern is None):
-            raise ValueError("prune needs either a sparsity or a pattern")
+        if sum(amount is not None for amount in (self.sparsity, self.pattern, self.macs)) != 1:
+            raise ValueError("prune needs either a sparsity, a pattern or macs")
         if self.after is not None and "sweeps" not in self.options:
             raise ValueError("a row that continues another one needs option sweeps")
         return self
@@ -59,6 +61,7 @@ class Prune(BaseModel):
         out = ["--method", self.method]
         out += ["--sparsity", f"{self.sparsity:g}"] if self.sparsity is not None else []
         out += ["--pattern", self.pattern] if self.pattern else []
+        out += ["--macs", f"{self.macs:g}"] if self.macs is not None else []
         out += ["--format", self.format] if self.format else []
         out += ["--group-size", self.group_size] if self.group_size else []
         options = dict(self.options)

@@ -12,7 +12,19 @@ from compressor.evals.bench.seeds import seeds_section
 from compressor.evals.bench.table import ORIGINAL, Row, Table, read_table, results_folder
 from compressor.evals.paired import paired_difference
 from compressor.evals.results import Estimate
+from compressor.evals.tasks import EMBEDDINGS
 
+SENTENCE_HEAD = (
+    "row",
+    "bits per weight",
+    "weights",
+    "cosine",
+    "5 % below",
+    "nearest neighbour kept",
+    "time",
+    "CPU time",
+    "peak memory",
+)
 HEAD = (
     "row",
     "bits per weight",
@@ -51,8 +63,12 @@ def render_table(path: Path, results: Path | None = None) -> str:
         record = records[row.name]
         if record is not None and record.digest != table.digest(row):
             raise CheckpointError(f"{table.key(row)}.json holds another row", "delete it and run the row again")
-    rows = [_cells(row, records[row.name], original) for row in _grouped(table.rows) if row.seed is None]
     head = list(HEAD)
+    if table.evaluation.sentences is not None:
+        rows = [_sentence_cells(row, records[row.name]) for row in table.rows if row.seed is None]
+        head = list(SENTENCE_HEAD)
+    else:
+        rows = [_cells(row, records[row.name], original) for row in _grouped(table.rows) if row.seed is None]
     if any(row.prune for row in table.rows):
         head.insert(ZEROS_AT, "zeros")
         shown = [row for row in _grouped(table.rows) if row.seed is None]
@@ -68,7 +84,7 @@ def render_table(path: Path, results: Path | None = None) -> str:
         _line(["---"] + ["---:"] * (len(head) - 1)),
         *(_line(cells) for cells in rows),
         "",
-        _LEGEND,
+        _LEGEND if table.evaluation.sentences is None else _SENTENCE_LEGEND,
         *seeds_section(table, records),
         *_failures(table, records),
         *_provenance(table, records),
@@ -85,10 +101,34 @@ _LEGEND = (
 )
 
 
+_SENTENCE_LEGEND = (
+    "± is one standard error over sentences. Cosine: between a sentence's embedding before and after; one sentence in "
+    "twenty is below the value beside it. Nearest neighbour kept: sentences whose nearest other sentence is that of "
+    "before. Time and peak memory are those of the whole compressing process, imports and verification included; for "
+    "the original, of its evaluation against itself."
+)
+
+
+def _model(table: Table) -> str:
+    planted = table.planted
+    if planted is None:
+        return f"`{table.model}`"
+    return (
+        f"`{table.model_name}`: `{table.model}` with {planted.channels} channels behind every norm {planted.factor:g} "
+        f"times as loud and the columns that read them divided by it (seed {planted.seed}); logits stay as they are"
+    )
+
+
 def _setting(table: Table) -> str:
     calibration, text = table.calibration, table.evaluation
+    if text.sentences is not None:
+        return (
+            f"{_model(table)}; calibration {calibration.samples} x {calibration.seq_len} tokens of "
+            f"`{calibration.file}`; scored on {text.sentences:,} sentences of `{text.file}` of up to {text.context} "
+            f"tokens, mean of the last states, float32; seed {table.seed}."
+        )
     return (
-        f"`{table.model}`; calibration {calibration.samples} x {calibration.seq_len} tokens of `{calibration.file}`; "
+        f"{_model(table)}; calibration {calibration.samples} x {calibration.seq_len} tokens of `{calibration.file}`; "
         f"scored on the first {text.tokens:,} tokens of `{text.file}` in windows of {text.context:,}, float32; "
         f"seed {table.seed}."
     )
@@ -124,6 +164,28 @@ def _cells(row: Row, record: Record | None, original: Record | None) -> list[str
         difference,
         kl,
         agreement,
+        _duration(cost.seconds),
+        _duration(cost.cpu_seconds),
+        f"{cost.peak_rss / 1e9:.2f} GB",
+    ]
+
+
+def _sentence_cells(row: Row, record: Record | None) -> list[str]:
+    """Return the cells of a row scored by sentence embeddings."""
+    blank = [NOTHING] * (len(SENTENCE_HEAD) - 2)
+    if record is None:
+        return [row.name, *blank, "not run yet"]
+    if record.error is not None or record.evaluation is None:
+        return [row.name, *blank, "failed"]
+    metrics = record.evaluation.tasks[EMBEDDINGS].metrics
+    cost = record.cost["evaluate" if row.is_original else "quantize"]
+    return [
+        row.name,
+        NOTHING if record.bits_per_weight is None else f"{record.bits_per_weight:.2f}".rstrip("0").rstrip("."),
+        NOTHING if record.weight_bytes is None else f"{record.weight_bytes / 1e6:,.1f} MB",
+        _estimate(metrics["cosine"], 4),
+        _estimate(metrics["cosine_low"], 3),
+        _percent(metrics["neighbour"]),
         _duration(cost.seconds),
         _duration(cost.cpu_seconds),
         f"{cost.peak_rss / 1e9:.2f} GB",

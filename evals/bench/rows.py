@@ -19,6 +19,7 @@ from compressor.evals.bench.record import Record
 from compressor.evals.bench.steps import Cost, Surroundings, run_step
 from compressor.evals.bench.table import Row, Table
 from compressor.evals.results import Evaluation
+from compressor.evals.tasks import EMBEDDINGS
 
 EXTERNAL = Path(__file__).parent / "external"
 SCRIPTS = {"llmcompressor": "llmcompressor_row.py", "autoround": "autoround_row.py"}
@@ -81,7 +82,8 @@ class Bench:
         )
 
     def _original(self, row: Row, folder: Path) -> Record:
-        cost = self._run(folder, "evaluate", row, [*COMPRESS, *self._eval_arguments(self.inputs.model_argument, None)])
+        name = self.inputs.model_argument
+        cost = self._run(folder, "evaluate", row, [*COMPRESS, *self._eval_arguments(name, self._beside(name))])
         evaluation = self._evaluation(folder, row.name)
         return replace(
             self.base(row),
@@ -194,6 +196,7 @@ class Bench:
         arguments = ["quantize", model or self.inputs.model_argument, *what]
         arguments += ["--group-size", row.group_size] if row.group_size else []
         arguments += ["--inputs", row.inputs] if row.inputs else []
+        arguments += ["--attention", row.attention] if row.attention else []
         for key, value in row.options.items():
             arguments += ["--option", f"{key}={value if isinstance(value, str) else json.dumps(value)}"]
         arguments += ["--data", str(self.inputs.calibration)]
@@ -204,21 +207,29 @@ class Bench:
     def _eval_arguments(self, model: str, baseline: str | None) -> list[str]:
         text = self.table.evaluation
         arguments = ["eval", model, *(["--baseline", baseline] if baseline else [])]
-        arguments += ["--text", str(self.inputs.evaluation), "--max-tokens", str(text.tokens)]
+        amount = ["--max-tokens", str(text.tokens)]
+        if text.sentences is not None:
+            amount = ["--tasks", EMBEDDINGS, "--limit", str(text.sentences)]
+        arguments += ["--text", str(self.inputs.evaluation), *amount]
         arguments += ["--context", str(text.context), "--device", self.around.device]
         # --no-cache: time and memory are those of measuring both models, whatever has been measured before.
         return [*arguments, "--no-cache", "--output", ".", "--quiet"]
+
+    def _beside(self, name: str) -> str | None:
+        """Return what the original itself is compared with: embeddings mean nothing by themselves, so its own."""
+        return None if self.table.evaluation.sentences is None else name
 
     def _display(self, row: Row) -> list[list[str]]:
         """Return the commands as a person would type them, without what only the runner needs."""
         machinery = {"--force", "--no-cache", "--quiet"}
         if row.tool is not None:
             return [["python", SCRIPTS[row.tool], *tool_arguments(row), "--seed", str(self.table.seed_of(row))]]
-        name = self.table.model
+        name = self.table.model_name
         lines = [] if row.is_original else [self._quantize_arguments(row, PRUNED if row.prune else None)]
         if row.prune is not None:
             lines = [self._prune_arguments(row, PRUNED if row.method else CHECKPOINT), *(lines if row.method else [])]
-        lines.append(self._eval_arguments(name if row.is_original else CHECKPOINT, None if row.is_original else name))
+        beside = self._beside(name) if row.is_original else name
+        lines.append(self._eval_arguments(name if row.is_original else CHECKPOINT, beside))
         return [["compress", *(word for word in line if word not in machinery)] for line in lines]
 
     def _evaluation(self, folder: Path, name: str) -> Evaluation:
@@ -228,7 +239,7 @@ class Bench:
         return replace(
             found,
             model=replace(found.model, name=name),
-            baseline=None if found.baseline is None else replace(found.baseline, name=self.table.model),
+            baseline=None if found.baseline is None else replace(found.baseline, name=self.table.model_name),
             tasks={task: replace(result, settings={**result.settings, **text}) for task, result in found.tasks.items()},
         )
 

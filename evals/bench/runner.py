@@ -103,8 +103,8 @@ def _prepare(table: Table, settings: Settings) -> Bench:
     hidden = {
         str(inputs.calibration): table.calibration.file,
         str(inputs.evaluation): table.evaluation.file,
-        inputs.model_argument: table.model,
-        str(inputs.model): table.model,
+        inputs.model_argument: table.model_name,
+        str(inputs.model): table.model_name,
         str(settings.data.resolve()): "DATA",
         str(work): "WORK",
         str(Path.home()): "~",

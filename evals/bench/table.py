@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,10 +55,33 @@ class Calibration(_Text):
 
 
 class EvaluationText(_Text):
-    """Text the models are scored on."""
+    """Text the models are scored on: so many tokens in windows, or for encoders so many sentences."""
 
-    tokens: int = Field(ge=2)
+    tokens: int | None = Field(None, ge=2)
+    sentences: int | None = Field(None, ge=2)
     context: int = Field(ge=2)
+
+    @model_validator(mode="after")
+    def _one_measure(self) -> EvaluationText:
+        if (self.tokens is None) == (self.sentences is None):
+            raise ValueError("give tokens, or for encoders sentences")
+        return self
+
+
+class Planted(_Strict):
+    """Outlier channels in a copy of the model that computes the same; see `planted.py`."""
+
+    channels: int = Field(4, ge=1, description="loud channels behind every norm")
+    factor: float = Field(
+        32.0, gt=1, description="how much louder they are: a power of two, so that nothing is rounded"
+    )
+    seed: int = Field(0, ge=0, description="draws the channels")
+
+    @model_validator(mode="after")
+    def _is_exact(self) -> Planted:
+        if math.frexp(self.factor)[0] != 0.5:
+            raise ValueError(f"factor {self.factor:g} is no power of two: the copy would not compute the same")
+        return self
 
 
 class Row(_Strict):
@@ -69,6 +93,7 @@ class Row(_Strict):
         format: Format of the weights.
         group_size: Inputs per scale, `channel`, or what else `--group-size` takes; None is the format's default.
         inputs: Format the inputs of layers are rounded to, or None.
+        attention: Floats the operands of attention are rounded to, or None.
         options: Options of our method.
         samples: Calibration samples instead of the table's, for methods that read more when they learn longer.
         seed: Seed instead of the table's; rows that differ in it alone make one line of the page.
@@ -83,6 +108,7 @@ class Row(_Strict):
     format: str | None = None
     group_size: str | None = None
     inputs: str | None = None
+    attention: str | None = None
     options: dict[str, Any] = Field(default_factory=dict)
     samples: int | None = Field(None, ge=1)
     seed: int | None = Field(None, ge=0)
@@ -94,7 +120,7 @@ class Row(_Strict):
     @model_validator(mode="after")
     def _complete(self) -> Row:
         wanted = {
-            None: {"method", "format", "group_size", "inputs", "options", "samples", "seed", "prune"},
+            None: {"method", "format", "group_size", "inputs", "attention", "options", "samples", "seed", "prune"},
             "llmcompressor": {"tool", "algorithm", "format", "group_size", "seed"},
             "autoround": {"tool", "iters", "format", "group_size", "seed"},
         }[self.tool]
@@ -105,8 +131,8 @@ class Row(_Strict):
             return self
         if given - wanted:
             raise ValueError(f"{', '.join(sorted(given - wanted))} means nothing for {self.tool or 'a row of ours'}")
-        missing = wanted - given - {"group_size", "inputs", "options", "samples", "seed", "prune"}
-        if self.prune is not None and not given & {"method", "format", "group_size", "inputs", "options"}:
+        missing = wanted - given - {"group_size", "inputs", "attention", "options", "samples", "seed", "prune"}
+        if self.prune is not None and not given & {"method", "format", "group_size", "inputs", "attention", "options"}:
             missing = set()  # pruned and not rounded
         if missing:
             raise ValueError(f"{', '.join(sorted(missing))} is missing")
@@ -130,6 +156,7 @@ class Table(_Strict):
         title: Heading of the page.
         text: A paragraph under it.
         model: Embedded name, Hub id with revision, or a folder inside --data-dir.
+        planted: Outlier channels that the table's model has and the named one has not, or None.
         seed: Seed of everything random, other tools' too.
         calibration: Text the methods see.
         evaluation: Text the models are scored on.
@@ -139,6 +166,7 @@ class Table(_Strict):
     title: str = Field(min_length=1)
     text: str = ""
     model: str = Field(min_length=1)
+    planted: Planted | None = None
     seed: int = Field(0, ge=0)
     calibration: Calibration
     evaluation: EvaluationText
@@ -156,7 +184,14 @@ class Table(_Strict):
                 raise ValueError(f"row {row.name!r} has the file name {key} of another row")
             if row.prune is not None and row.prune.after is not None and row.prune.after not in names:
                 raise ValueError(f"row {row.name!r} goes on after {row.prune.after!r}, which is no row")
+            if row.tool is not None and self.evaluation.sentences is not None:
+                raise ValueError(f"row {row.name!r}: other tools' rows are scored on tokens, not on sentences")
         return self
+
+    @property
+    def model_name(self) -> str:
+        """Name of the model that rows start from."""
+        return self.model if self.planted is None else f"{self.model}-planted"
 
     def key(self, row: Row) -> str:
         """Return the name of a row's result file, without suffix: readable name and digest."""
@@ -173,6 +208,8 @@ class Table(_Strict):
             "model": self.model,
             "evaluation": self.evaluation.model_dump(exclude_none=True),
         }
+        if self.planted is not None:
+            described["planted"] = self.planted.model_dump()
         if not row.is_original:
             described["row"] = row.model_dump(
                 exclude={"name": True, "seed": True, "prune": {"after"}}, exclude_defaults=True
@@ -246,6 +283,7 @@ def _expanded(entry: dict[str, Any]) -> Iterator[dict[str, Any]]:
         words += [f"per {rest['group_size']}" if rest.get("group_size") in ("tensor", "channel") else None, label]
         words += [rest.get("algorithm") if not entry.get("label") else None]
         words += [f"inputs {rest['inputs']}" if rest.get("inputs") else None]
+        words += [f"attention {rest['attention']}" if rest.get("attention") else None]
         name = entry.get("name") or " ".join(str(word) for word in words if word)
         yield {**rest, **given, "name": name}
 
@@ -256,8 +294,9 @@ def _check_names(row: Row, path: Path) -> None:
         return
     if row.format not in BUILDERS:
         raise RecipeError(f"{path}: row {row.name!r}: unknown format {row.format!r}", f"one of {', '.join(BUILDERS)}")
-    if row.inputs is not None:
-        get_input_format(row.inputs)
+    for name in (row.inputs, row.attention):
+        if name is not None:
+            get_input_format(name)
 
 
 def _where(loc: tuple[int | str, ...], rows: list[dict[str, Any]]) -> str:

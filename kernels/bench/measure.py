@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from compressor.formats import get_format
 from compressor.kernels.bench.results import Cell, Machine
 from compressor.kernels.bench.roofline import LAYERS, Row
 from compressor.kernels.gpu import ops, timing
 from compressor.kernels.gpu.layout import RuntimeWeight, unpack_words
+from compressor.kernels.gpu.prepare import prepare
 from compressor.kernels.gpu.samples import random_weight
 from compressor.kernels.gpu.tiles import path_for
+
+REPACKS = 3
+"""Times a weight is laid out, of which the fastest counts: the first also starts the device."""
 
 CHECKED_ROWS = 512
 """Rows of the weight whose part of the result is compared with float64."""
@@ -54,6 +61,28 @@ def measure_layer(row: Row, layer: str, rows: tuple[int, ...]) -> Iterator[Cell]
         dense_seconds = timing.time_calls([_dense_call(x, w) for w in dense])
         times = {name: timing.time_calls([_peer_call(x, p) for p in peer]) for name, peer in peers.items() if peer}
         yield Cell(row.name, layer, m, weight.nbytes, seconds, dense_seconds, times, _error(x, weight), path_for(m))
+
+
+def repack_seconds(row: Row, device: str, shape: tuple[int, int] = (4096, 4096)) -> float:
+    """Return the seconds of laying a million weights of a format out on a device, from what lies on disk."""
+    fmt = get_format(*row.stored, torch.bfloat16)
+    w = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    q = fmt.fit(w)
+    packed = fmt.pack(fmt.encode(w, q), q)
+    packed = replace(packed, tensors={name: tensor.to(device) for name, tensor in packed.tensors.items()})
+    seconds = []
+    for _ in range(REPACKS):
+        _wait(device)
+        started = time.perf_counter()
+        prepare(packed, fmt)
+        _wait(device)
+        seconds.append(time.perf_counter() - started)
+    return min(seconds) / w.numel() * 1e6
+
+
+def _wait(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.synchronize()
 
 
 def _call(x: Tensor, weight: RuntimeWeight) -> Callable[[], object]:

@@ -78,15 +78,22 @@ class Cell:
 
 @dataclass(frozen=True)
 class Report:
-    """A run."""
+    """A run.
+
+    Attributes:
+        machine: The device.
+        cells: The table.
+        repack: Seconds of laying a million weights out when they are loaded, by format; None if not measured.
+    """
 
     machine: Machine
     cells: tuple[Cell, ...]
+    repack: dict[str, float | None] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         """Write `kernels.json` and `kernels.md`."""
         folder.mkdir(parents=True, exist_ok=True)
-        data = {"machine": asdict(self.machine), "cells": [asdict(cell) for cell in self.cells]}
+        data = asdict(self)
         (folder / "kernels.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
         (folder / "kernels.md").write_text(render(self), encoding="utf-8")
 
@@ -109,6 +116,9 @@ def render(report: Report) -> str:
             f"{machine.rate / 1e12:.0f} TFLOP/s; fractions are of these."
         )
     lines += ["", ", ".join(f"{name} {version}" for name, version in machine.versions.items()), ""]
+    if report.repack:
+        costs = ", ".join(f"{name} {_number(seconds, digits=4)}" for name, seconds in report.repack.items())
+        lines += [f"Laying a million weights out on the device, when they are loaded, in seconds: {costs}.", ""]
     for name in dict.fromkeys(cell.format for cell in report.cells):
         cells = [cell for cell in report.cells if cell.format == name]
         lines += [f"## {name}", "", *_table(cells, machine), ""]

@@ -31,6 +31,7 @@ class Row:
         kind: See `samples.KINDS`.
         group: Columns per scale; 0 for whole rows.
         scale_bytes: Bytes of one scale.
+        stored: Name and group size of the format on disk.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Row:
     kind: str
     group: int
     scale_bytes: int
+    stored: tuple[str, int | None]
 
     def weight_bytes(self, n: int, k: int) -> int:
         """Return the bytes a matrix takes in memory, padding left out."""
@@ -50,15 +52,15 @@ class Row:
 
 
 FORMATS: tuple[Row, ...] = (
-    Row("int4 g128", "int4", "group", 128, 2),
-    Row("int4 g32", "int4", "group", 32, 2),
-    Row("nvfp4", "e2m1", "nvfp4", 16, 1),
-    Row("mxfp4", "e2m1", "mxfp4", 32, 1),
-    Row("e2m1 channel", "e2m1", "channel", 0, 0),
-    Row("e3m0 channel", "e3m0", "channel", 0, 0),
-    Row("int2 g128", "int2", "group", 128, 2),
-    Row("int3 g128", "int3", "group", 128, 2),
-    Row("int8 channel", "int8", "channel", 0, 0),
+    Row("int4 g128", "int4", "group", 128, 2, ("int4", 128)),
+    Row("int4 g32", "int4", "group", 32, 2, ("int4", 32)),
+    Row("nvfp4", "e2m1", "nvfp4", 16, 1, ("nvfp4", 16)),
+    Row("mxfp4", "e2m1", "mxfp4", 32, 1, ("mxfp4", 32)),
+    Row("e2m1 channel", "e2m1", "channel", 0, 0, ("fp4", None)),
+    Row("e3m0 channel", "e3m0", "channel", 0, 0, ("fp4", None)),
+    Row("int2 g128", "int2", "group", 128, 2, ("int2", 128)),
+    Row("int3 g128", "int3", "group", 128, 2, ("int3", 128)),
+    Row("int8 channel", "int8", "channel", 0, 0, ("int8", None)),
 )
 
 

@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from compressor.kernels.cpu.decode import decoded_linear
 from compressor.kernels.cpu.layout import CpuWeight, dequantize
 
-PACKED_ROWS = {1: 128, 2: 64, 0: 32}
+PACKED_ROWS = {1: 64, 2: 32, 0: 32}
 """Up to how many rows of activations the packed operator is faster than decoding, by planes of the weight.
 
-Measured with `python -m compressor.kernels.cpu.bench` on AVX-512; hardly depends on the shape, as both costs grow with
-the number of weights.
+Measured with `python -m compressor.kernels.bench --cpu` on AVX-512; hardly depends on the shape, as both costs
+grow with the number of weights.
 """
 
 
@@ -33,6 +34,8 @@ def linear(x: Tensor, weight: CpuWeight, bias: Tensor | None, dtype: torch.dtype
         out = packed_linear(flat, weight)
         if bias is not None:
             out += bias
+    elif x.dtype == dtype == torch.bfloat16:
+        out = decoded_linear(flat, weight, None if bias is None else bias.to(x.dtype))
     else:
         dense = dequantize(weight, dtype).to(x.dtype)
         out = functional.linear(flat, dense, None if bias is None else bias.to(x.dtype))

@@ -20,6 +20,7 @@ from compressor.formats.mxfp4 import MXFP4
 from compressor.formats.mxfp8 import MXFP8
 from compressor.formats.nvfp4 import NVFP4
 from compressor.formats.power import Power
+from compressor.formats.split_floats import WideFloat
 from compressor.testing import FormatConformance
 from compressor.testing.formats import failing_checks
 
@@ -103,6 +104,10 @@ class TestFloat4(FormatConformance):
     formats = (Float4(), Float4("hybrid"), Float4("reference"))
 
 
+class TestWideFloat(FormatConformance):
+    formats = (WideFloat(6), WideFloat(8), WideFloat(6, "hybrid"), WideFloat(8, "reference"))
+
+
 class TestPower(FormatConformance):
     formats = (
         *(Power(bits, group) for bits, group in ((2, 32), (3, 64), (4, 64), (4, None), (5, None), (6, 32), (8, None))),
@@ -115,7 +120,7 @@ def test_registry_builds_each_format_under_its_name() -> None:
     for name in BUILDERS:
         fmt = get_format(name, parse_group_size(name, None), BF16)
         assert fmt.name == name
-        assert isinstance(fmt, SearchableFormat) == (name in ("nvfp4", "mxfp4", "fp4"))
+        assert isinstance(fmt, SearchableFormat) == (name in ("nvfp4", "mxfp4", "fp4", "fp6", "fp8-searched"))
 
 
 def test_one_scale_per_matrix_and_groups_exclude_each_other() -> None:

@@ -135,7 +135,7 @@ class TestOutlierTune(MethodConformance):
 
 class TestFP4(MethodConformance):
     method = FP4()
-    formats = ("nvfp4", "mxfp4", "fp4", Float4("reference"), Float4("hybrid"))
+    formats = ("nvfp4", "mxfp4", "fp4", Float4("reference"), Float4("hybrid"), "fp6", "fp8-searched")
 
 
 class TestFP4WithoutSweeps(MethodConformance):
@@ -219,7 +219,7 @@ def test_fp4_refuses_what_is_no_4_bit_float() -> None:
         fmt = get_format(name, parse_group_size(name, None), torch.bfloat16)
         layers = fused_layers((), fmt, [heavy_tailed_weights(2, 64)], correlated_inputs(64))
         reason = FP4().refuse(layers[0].ref, fmt)
-        assert (reason is None) == (name in ("nvfp4", "mxfp4", "fp4")), name
+        assert (reason is None) == (name in ("nvfp4", "mxfp4", "fp4", "fp6", "fp8-searched")), name
         assert reason is None or name in reason
 
 

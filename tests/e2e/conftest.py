@@ -8,4 +8,4 @@ import compressor.verify
 @pytest.fixture(autouse=True)
 def verify_inline(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.node.get_closest_marker("fresh_process") is None:
-        monkeypatch.setattr("compressor.api.verify", compressor.verify.check)
+        monkeypatch.setattr("compressor.verify.verify", compressor.verify.check)

@@ -108,7 +108,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Loa
     reports, cases = {}, {}
     model = models.tiny_llama(hidden_size=128, intermediate_size=128)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("compressor.api.verify", compressor.verify.check)
+        patch.setattr("compressor.verify.verify", compressor.verify.check)
         for name, options in PAIRS.items():
             reports[name] = run(model, root, output=root / name, **options)
             cases[name] = Case(root / name, dtype="bfloat16" if name in BF16_ONLY else "float32")
@@ -399,12 +399,14 @@ def test_outliertune_codes_do_not_see_planted_outliers(tmp_path: Path) -> None:
     [
         ("rtn", "fpq4", {}),
         ("fp4", "fpq4", {"points": 5, "rounds": 1, "tokens": 64}),
+        ("fp4", "fpq6", {"points": 5, "rounds": 1, "tokens": 64}),
         ("fp4", "fpq8", {"points": 5, "rounds": 1, "tokens": 64, "offsets": False}),
     ],
 )
 def test_llm_fp4_end_to_end(method: str, inputs: str, options: dict[str, Any], tmp_path: Path) -> None:
     report = run(models.tiny_llama(), tmp_path, method=method, inputs=inputs, options=options)
-    assert {row.action for row in report.rows if row.inputs} == {"fp4"}
+    weights = {"fpq4": "fp4", "fpq6": "fp6", "fpq8": "fp8-searched"}[inputs]  # as many bits
+    assert {row.action for row in report.rows if row.inputs} == {weights}
     stored = load_file(tmp_path / "out" / "model.safetensors")
     splits = {int(value) for name, value in stored.items() if name.endswith("input_mantissa")}
     offsets = [int(value.max()) for name, value in stored.items() if name.endswith("input_pow2")]

@@ -23,7 +23,7 @@ EXPERT = "model.layers.1.mlp.experts.3"
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Maker]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("compressor.api.verify", compressor.verify.check)
+        patch.setattr("compressor.verify.verify", compressor.verify.check)
         yield Maker(tmp_path_factory.mktemp("check"))
 
 

@@ -81,7 +81,7 @@ def test_both_loaders_run_what_was_stored(kind: str, format: str, tmp_path: Path
 
 
 def test_cut_then_quantized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("compressor.vision.job.verify", compressor.verify.check)
+    monkeypatch.setattr("compressor.verify.verify", compressor.verify.check)
     monkeypatch.setattr("compressor.vision.job.latency", lambda model, images: 1e-3)
     data = str(rare_digits(tmp_path / "digits.npz"))
     cut, out = tmp_path / "cut", tmp_path / "out"

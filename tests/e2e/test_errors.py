@@ -41,6 +41,8 @@ def check(code: int, err: str, expected: int, words: str, out: Path) -> None:
     ("arguments", "code", "words"),
     [
         (["--method", "fpq"], 2, "unknown method 'fpq'"),
+        (["--frobnicate"], 2, "No such option: --frobnicate"),
+        (["--n-samples", "many"], 2, "Invalid value for '--n-samples'"),
         (["--format", "int44"], 2, "unknown format 'int44'"),
         (["--method", "rtn", "--format", "int4", "--group-size", "48"], 2, "do not divide into groups of 48"),
         (["--method", "rtn", "--format", "int4", "--group-size", "row"], 2, "nor 'channel' nor 'tensor'"),

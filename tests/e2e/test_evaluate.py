@@ -234,7 +234,7 @@ def test_what_cannot_be_evaluated(measured: Callable[..., Evaluated], tmp_path: 
     with pytest.raises(CheckpointError, match="no such directory"):
         evaluate(tmp_path / "absent")
     save_checkpoint(tiny_bert(), tmp_path / "bert")
-    with pytest.raises(UnsupportedError, match="BertModel predicts no tokens"):
+    with pytest.raises(RecipeError, match="embeddings compares with a baseline"):
         evaluate(tmp_path / "bert", text=str(write_text(tmp_path / "t.txt", 50)), context=16)
     with pytest.raises(RecipeError, match="batch size 0"):
         measured("minimal-pairs", batch_size=0)

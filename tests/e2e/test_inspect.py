@@ -37,7 +37,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = save_checkpoint(tiny_llama(5), folder / "tiny")
     text = write_text(folder / "t.txt", 1200)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("compressor.api.verify", compressor.verify.check)  # type: ignore[attr-defined]
+        patch.setattr("compressor.verify.verify", compressor.verify.check)  # type: ignore[attr-defined]
         common = {"data": str(text), "n_samples": 4, "seq_len": 32}
         overrides = {"*.down_proj*": "int8"}
         compressor.quantize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 
 import compressor
 from compressor import api
-from compressor.decision import Outcome
+from compressor.decision import Outcome, Quantized
 from compressor.errors import RecipeError
 from compressor.methods.base import Block
 from compressor.methods.flexround import FlexRound
@@ -80,6 +81,48 @@ def test_the_block_sees_the_compressed_prefix_and_the_original_target(
     assert torch.allclose(targets, states["original"], atol=1e-5)
     assert torch.allclose(inputs, states["compressed"], atol=1e-5)
     assert not torch.allclose(inputs, targets, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("build", "inputs"),
+    [(models.tiny_llama, "int8-tensor"), (models.tiny_olmoe, "int8-token")],
+    ids=["llama", "experts"],
+)
+def test_blocks_are_learned_with_inputs_rounded_as_the_result_rounds_them(
+    build: Callable[[], Any], inputs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What leaves a learned block while learning is what leaves it in the loaded result, static scales included."""
+    left: list[torch.Tensor] = []
+    solve = FlexRound.solve_block
+
+    def watch(self: FlexRound, block: Block, generator: torch.Generator) -> Outcome:
+        outcome = solve(self, block, generator)
+        weights = {}
+        for layer, fmt in block.layers:
+            decision = outcome.decisions[layer.ref.name]
+            assert isinstance(decision, Quantized)
+            weights[layer.ref.name] = fmt.decode(decision.codes, decision.qparams)
+        with torch.no_grad():
+            plain = block.forward(block.inputs(1), weights)
+            with block.rounding(0, torch.Generator()):
+                left.append(block.forward(block.inputs(1), weights))
+            assert torch.equal(plain, block.forward(block.inputs(1), weights)), "the context leaves nothing behind"
+        assert not torch.equal(plain, left[-1])
+        return outcome
+
+    monkeypatch.setattr(FlexRound, "solve_block", watch)
+    source, text = save_checkpoint(build(), tmp_path / "source"), write_text(tmp_path / "text.txt")
+    run(source, tmp_path / "out", text, format="int8", inputs=inputs, group_size=32, options={"iters": 2})
+    job = api.prepare(api.Recipe(model=str(source), method="flexround", calibration=spec(text)), tmp_path / "other")
+    tokens = api.calibrate(job).tokens[1:2]
+    loaded, seen = compressor.load(tmp_path / "out"), list[torch.Tensor]()
+    for layer in loaded.model.layers:
+        layer.register_forward_hook(lambda module, args, output: seen.append(output))
+    with torch.no_grad():
+        loaded(tokens)
+    assert len(seen) == len(left)
+    for ours, theirs in zip(left, seen, strict=True):
+        assert float((ours - theirs).norm() / theirs.norm()) < 1e-3
 
 
 @pytest.mark.parametrize(

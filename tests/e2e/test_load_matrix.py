@@ -85,7 +85,7 @@ def matrix(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Lo
     """Write every row once, and load all of them in one stock process."""
     root = tmp_path_factory.mktemp("matrix")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("compressor.api.verify", compressor.verify.check)
+        patch.setattr("compressor.verify.verify", compressor.verify.check)
         folders = {}
         for kind, build, rows in (("dense", models.tiny_llama, DENSE), ("moe", models.tiny_olmoe, MOE)):
             model = build(hidden_size=256, intermediate_size=256)  # several blocks of 128 in both directions

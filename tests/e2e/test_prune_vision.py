@@ -25,7 +25,7 @@ def quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     """Time one pass only, and verify in this process unless the test is about the fresh one."""
     monkeypatch.setattr("compressor.vision.job.latency", lambda model, images: 1e-3)
     if request.node.get_closest_marker("fresh_process") is None:
-        monkeypatch.setattr("compressor.vision.job.verify", compressor.verify.check)
+        monkeypatch.setattr("compressor.verify.verify", compressor.verify.check)
 
 
 @pytest.fixture

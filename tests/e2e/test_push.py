@@ -103,7 +103,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (source / "README.md").write_text("---\nlicense: mit\nlanguage: en\n---\n# Tiny\n")
     text = write_text(folder / "t.txt", 1200)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("compressor.api.verify", compressor.verify.check)  # type: ignore[attr-defined]
+        patch.setattr("compressor.verify.verify", compressor.verify.check)  # type: ignore[attr-defined]
         patch.setenv("COMPRESSOR_CACHE", str(folder / "cache"))
         compressor.quantize(str(source), method="rtn", format="int8", output=folder / "out", skip=["*.o_proj*"])
         evaluate(folder / "out", str(source), text=str(text), max_tokens=1700, context=32)

@@ -207,7 +207,7 @@ def test_failed_verification_does_not_load(tmp_path: Path, monkeypatch: pytest.M
         return VerificationResult(False, 1.0, 0.5, 1e-4, (), (), None, 0.0)
 
     source = save_checkpoint(models.tiny_llama(), tmp_path / "source")
-    monkeypatch.setattr("compressor.api.verify", disagree)
+    monkeypatch.setattr("compressor.verify.verify", disagree)
     with pytest.raises(CompressorError, match="reloaded logits differ") as caught:
         compressor.quantize(str(source), method="rtn", format="int4", output=tmp_path / "out")
     assert caught.value.exit_code == 7

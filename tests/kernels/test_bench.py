@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from compressor.kernels.bench.__main__ import empty_report, main
+from compressor.kernels.bench.measure import repack_seconds
 from compressor.kernels.bench.results import NOT_MEASURED, Cell, Machine, Report, geomean, render
 from compressor.kernels.bench.roofline import FORMATS, LAYERS, ROWS, floor_seconds, ideal_speedup, layer_bytes
 from compressor.kernels.gpu.launch import Counters
@@ -69,6 +70,16 @@ def test_without_a_gpu_the_table_says_so_and_the_run_succeeds(
     data = json.loads((tmp_path / "kernels.json").read_text())
     assert data["machine"]["name"] == NOT_MEASURED
     assert {cell["seconds"] for cell in data["cells"]} == {None}
+
+
+def test_laying_weights_out_is_timed() -> None:
+    for row in FORMATS:
+        assert 0 < repack_seconds(row, "cpu", (64, 256)) < 60, row.name
+    report = empty_report(FORMATS, ["70B o"], [1])
+    assert report.repack == {row.name: None for row in FORMATS}
+    cost = {"int4 g128": 0.0123, "nvfp4": None}
+    text = render(Report(Machine("Some GPU", "9.0", 4e12, 700e12), report.cells[:1], cost))
+    assert f"in seconds: int4 g128 0.0123, nvfp4 {NOT_MEASURED}." in text
 
 
 def test_the_whole_table_has_every_cell() -> None:

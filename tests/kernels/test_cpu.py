@@ -1,5 +1,6 @@
 """PyTorch's packed CPU operators: exact layouts, products against float64, dispatch, and whole models."""
 
+import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,8 @@ from compressor.errors import RecipeError, UnsupportedError
 from compressor.formats import get_format
 from compressor.formats.base import PackedTensor, QuantFormat
 from compressor.kernels import dispatch
-from compressor.kernels.cpu import kernel, layout, matmul
+from compressor.kernels.bench.__main__ import main
+from compressor.kernels.cpu import bench, decode, kernel, layout, matmul
 from compressor.kernels.cpu.prepare import NAMES, prepare
 from compressor.kernels.dispatch import Problem
 from compressor.kernels.reference.linear import dequantize, packed_linear
@@ -124,6 +126,32 @@ def test_bias_shapes_and_other_dtypes() -> None:
     torch.testing.assert_close(prepared.linear(wide, bias, BF16), expected)
 
 
+@pytest.mark.parametrize(
+    ("name", "group"), [("int4", 64), ("int4-asym", 64), ("int2-asym", None), ("int8-asym", 32), ("int8", None)]
+)
+def test_decoding_in_steps_and_parts_is_exact(name: str, group: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed, fmt, dense = weight(name, group, (300, 576), seed=11)
+    prepared = prepare(packed, fmt)
+    generator = torch.Generator().manual_seed(12)
+    x, bias = torch.randn(9, 576, generator=generator).bfloat16(), torch.randn(300, generator=generator).bfloat16()
+    expected = functional.linear(x, dense.bfloat16(), bias)
+    assert torch.equal(decode.decoded_linear(x, prepared, bias), expected)
+    monkeypatch.setattr(decode, "AT_ONCE", 1 << 14)  # steps that groups do not divide
+    monkeypatch.setattr(decode, "PART", 1 << 16)  # parts of one or two blocks, the last with padding
+    y = decode.decoded_linear(x, prepared, bias)
+    assert error(y, x.double() @ dense.bfloat16().double().T + bias.double()) < 4e-3
+    rows = 128 if prepared.planes else 64
+    assert torch.equal(decode._decoded(prepared, 4, 5, 64), dense[256:].bfloat16())
+    assert torch.equal(decode._decoded(prepared, 0, rows // 64, 64), dense[:rows].bfloat16())
+
+
+def test_the_operator_that_decodes_passes_opcheck() -> None:
+    prepared = prepare(*weight("int4-asym", 32, (20, 64), seed=2)[:2])
+    tensors = (prepared.codes, prepared.scale, prepared.rest, prepared.zero_point)
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(3)).bfloat16()
+    torch.library.opcheck(decode.decode_linear, (x, *tensors, None, 20, 64, 1, prepared.group))
+
+
 def test_dispatch_chooses_by_rows_and_says_why() -> None:
     def name(problem: Problem) -> str:
         return dispatch.choose(problem, dispatch.KERNELS).name
@@ -153,11 +181,12 @@ def test_dispatch_chooses_by_rows_and_says_why() -> None:
         ({"op": "conv"}, "no 'conv'"),
     ],
 )
-def test_what_the_operators_do_not_take_goes_to_the_reference(change: dict[str, object], why: str) -> None:
+def test_what_the_operators_do_not_take_goes_elsewhere(change: dict[str, object], why: str) -> None:
     problem = replace(PROBLEM, **change)  # type: ignore[arg-type]
-    assert dispatch.choose(problem, dispatch.KERNELS[1:]).name == "reference"
-    for _, reason in dispatch.explain(problem)[1:-1]:
-        assert why in str(reason)
+    expected = "cpu-table" if problem.format == "nvfp4" else "reference"
+    assert dispatch.choose(problem, dispatch.KERNELS[1:]).name == expected
+    reasons = dict(dispatch.explain(problem))
+    assert all(why in str(reasons[name]) for name in ("cpu-packed", "cpu-decode"))
 
 
 def test_groups_within_whole_rows() -> None:
@@ -241,8 +270,11 @@ def test_experts_and_compilation(tmp_path: Path) -> None:
         assert gap.median() < 0.03
     layer = _layers(fast)[0]
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    x = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(1)).bfloat16()
-    assert torch.equal(compiled(x), layer(x))
+    for rows in (3, 200):  # packed, and decoded
+        x = torch.randn(rows, layer.in_features, generator=torch.Generator().manual_seed(1)).bfloat16()
+        assert torch.equal(compiled(x), layer(x))
+    out = fast.generate(tokens[:1, :6], max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert out.shape[1] > 6
 
 
 @pytest.mark.slow
@@ -262,3 +294,53 @@ def test_one_token_is_twice_as_fast_as_dense() -> None:
             best["packed"] = min(best["packed"], between - started)
             best["dense"] = min(best["dense"], time.thread_time() - between)
     assert best["dense"] / best["packed"] > 2, best
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", bench.FORMATS)
+def test_no_kernel_is_slower_than_decoding_and_multiplying(name: str) -> None:
+    """With a margin for a busy machine; what it is measured against decodes and multiplies in the same process."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        cells = bench.measure(name, (768, 768), (1, 4, 16, 64, 512), rounds=9)
+    finally:
+        torch.set_num_threads(threads)
+    slower = {cell.m: (cell.kernel, cell.over_decoded) for cell in cells if cell.over_decoded < 0.75}
+    assert not slower, slower
+    if name == "int4 g64":
+        assert cells[0].over_dense > 1.5, cells[0]  # of a small layer; large ones are the test above
+
+
+def test_the_bench_times_what_dispatch_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = ["--layer", "64x128", "--rows", "1", "80", "--format", "int4 g64", "nvfp4", "int8 channel"]
+    threads = torch.get_num_threads()
+    try:
+        assert main(["--cpu", *chosen, "--rounds", "2", "--output", str(tmp_path)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    text = (tmp_path / "cpu.md").read_text()
+    assert text.strip() == capsys.readouterr().out.strip()
+    cells = json.loads((tmp_path / "cpu.json").read_text())["cells"]
+    kernels = [(cell["format"], cell["m"], cell["kernel"]) for cell in cells]
+    assert kernels == [
+        ("int4 g64", 1, "cpu-packed"),
+        ("int4 g64", 80, "cpu-decode"),
+        ("nvfp4", 1, "cpu-table"),
+        ("nvfp4", 80, "cpu-table"),
+        ("int8 channel", 1, "cpu-packed"),
+        ("int8 channel", 80, "cpu-decode"),
+    ]
+    for cell in cells:
+        assert cell["seconds"] > 0
+        assert cell["over_decoded"] > 0
+        assert cell["error"] < 4e-3
+    assert cells[0]["repack"] > 0
+    assert "least" in text
+    for wrong in (["--format", "int9 g64"], ["--layer", "70B o"]):
+        with pytest.raises(SystemExit) as caught:
+            main(["--cpu", *wrong])
+        assert caught.value.code == 2
+    forced = bench.measure("int4 g64", (64, 128), (1,), rounds=1, forced=True)[0].forced
+    assert forced.keys() == {"packed", "decode"}
+    assert min(forced.values()) > 0

@@ -170,6 +170,24 @@ def test_rows_are_made_once_and_only_what_changed_is_made_again(place: Place) ->
     assert place.made() == ["quantize fp4", "eval"]
 
 
+def test_rows_of_a_planted_table_start_from_the_copy(place: Place) -> None:
+    path, work = place.table(RTN), place.folder / "work"
+    path.write_text(path.read_text() + "planted: {channels: 2}\n", encoding="utf-8")
+    settings = Settings(data=place.data, work=work, results=place.results)
+    assert run_table(path, settings).done == ("original", "int4 g64 rtn")
+    calls = place.calls.read_text().splitlines()
+    assert len(calls) == 3
+    assert all(str((work / "tiny-planted").resolve()) in call for call in calls)
+    assert not any(str(place.data / "tiny") in call for call in calls)
+    record = read_record(next(place.results.glob("int4*.json")))
+    assert record is not None
+    assert record.commands[0].startswith("compress quantize tiny-planted --method rtn ")
+    assert "--baseline tiny-planted" in record.commands[1]
+    assert "`tiny` with 2 channels behind every norm 32 times as loud" in render_table(path, place.results)
+    place.made()
+    assert place.run(RTN).done == ("original", "int4 g64 rtn"), "the model itself is another one"
+
+
 def test_another_model_of_the_same_name_makes_every_row_again(place: Place) -> None:
     place.run(RTN)
     place.made()

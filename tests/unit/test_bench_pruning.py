@@ -51,6 +51,13 @@ def test_rows_prune_or_prune_and_round(tmp_path: Path) -> None:
     assert rows["both"].prune.arguments() == ["--method", "wanda", "--pattern", "2:4"]
 
 
+def test_one_amount_of_three() -> None:
+    assert Prune(method="optin", macs=0.7).arguments() == ["--method", "optin", "--macs", "0.7"]
+    for wrong in ({}, {"macs": 0.7, "sparsity": 0.3}, {"pattern": "2:4", "sparsity": 0.5}):
+        with pytest.raises(ValidationError, match="either a sparsity"):
+            Prune(method="optin", **wrong)  # type: ignore[arg-type]
+
+
 def test_a_continued_row_is_the_same_row(tmp_path: Path) -> None:
     """The result does not depend on whether the masks of another row were at hand, so neither does the digest."""
     found = table(tmp_path, SEARCH)

@@ -12,18 +12,18 @@ import compressor
 ROOT = Path(compressor.__file__).parent
 LAYERS = [
     {"errors", "files", "offline", "process", "_hook"},
-    {"formats"},
+    {"formats", "ranks", "yaml_text"},
     {"inputs"},
     {"recipe", "decision", "plan", "report"},
     {"kernels", "calibration", "checkpoint"},
     {"methods", "runtime"},
     {
         *("evals", "verify", "runners", "plugin", "environment", "unit", "output", "folding", "input_plan", "weights"),
-        *("allocation", "readers", "pruning"),
+        *("allocation", "readers", "pruning", "saving"),
     },
     {"planner", "engine", "estimate", "measure", "inspection", "vision", "bits"},
-    {"api", "check"},
-    {"pruner"},
+    {"api", "check", "structured"},
+    {"pruner", "pages"},
     {"ship"},
     {"cli"},
     {"__main__"},
@@ -83,7 +83,7 @@ def test_imports_point_down(inside: str, path: Path) -> None:
                 assert inside.startswith(places), f"{inside} imports {library}"
     if me == "methods" and inside != "methods/__init__.py":
         allowed = {"errors", "formats", "inputs", "decision", "plan", "recipe", "report", "methods"}
-        seen = ("stats", "channels", "samples", "averages", "precision")
+        seen = ("stats", "channels", "samples", "averages", "precision", "operands")
         shown = tuple(f"compressor.calibration.{name}" for name in seen)
         for name in imports(path):
             other = part_of(name)

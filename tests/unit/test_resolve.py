@@ -45,7 +45,7 @@ class DreamForCausalLM(LlamaForCausalLM):
 
 @pytest.fixture(autouse=True)
 def _setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("compressor.api.verify", verify.check)
+    monkeypatch.setattr("compressor.verify.verify", verify.check)
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setenv("DREAM_MARKER", str(tmp_path / "marker"))
     gc.freeze()  # the engine collects garbage after every block: it need not look at the libraries each time

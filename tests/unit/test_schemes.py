@@ -60,7 +60,8 @@ def test_a_group_size_builds_the_format_that_has_it(name: str, text: str | None)
 
 @pytest.mark.parametrize("name", FIXED_GROUP)
 def test_formats_with_one_group_size_refuse_others(name: str) -> None:
-    allowed = {"fp4": "channel", "fp8": "channel", "fp8-tensor": "tensor"}.get(name, str(FIXED_GROUP[name]))
+    fixed = {"fp8-tensor": "tensor", **dict.fromkeys(("fp4", "fp6", "fp8-searched", "fp8"), "channel")}
+    allowed = fixed.get(name, str(FIXED_GROUP[name]))
     for text in ("7", "channel", "tensor", "128", "32", "16"):
         if text == allowed:
             assert parse_group_size(name, text) == FIXED_GROUP[name]
@@ -69,8 +70,9 @@ def test_formats_with_one_group_size_refuse_others(name: str) -> None:
                 parse_group_size(name, text)
 
 
-def test_native_formats_have_no_scheme() -> None:
-    fmt = get_format("fp4", None, torch.bfloat16)
+@pytest.mark.parametrize("name", ["fp4", "fp6", "fp8-searched"])
+def test_native_formats_have_no_scheme(name: str) -> None:
+    fmt = get_format(name, None, torch.bfloat16)
     assert fmt.scheme() is None
     assert fmt.container is None
 

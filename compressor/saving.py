@@ -1,4 +1,4 @@
-"""Writing a classifier with fewer channels so that it loads again: weights as safetensors, cuts as JSON."""
+"""Writing a model with fewer channels so that it loads again: weights as safetensors, cuts as JSON."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def uncut(path: Path, trust_remote_code: bool = False) -> nn.Module:
 
 def stored_tensors(model: PreTrainedModel, source: Source) -> dict[str, Tensor]:
     """Return the model's tensors by their names on disk, in the dtypes the source stores them in."""
-    tensors = names_on_disk(model, model.state_dict())
+    tied = set(model.all_tied_weights_keys) - set(source.tensors)  # stored once, under the other name
+    tensors = names_on_disk(model, {name: value for name, value in model.state_dict().items() if name not in tied})
     default = source.dtype
     out = {}
     for name, tensor in tensors.items():
@@ -77,9 +78,22 @@ def cut_config(source: Mapping[str, Any], cuts: Mapping[str, Any]) -> dict[str, 
 
 
 def write(
-    model: PreTrainedModel, source: Source, out: Path, kept: Mapping[str, list[int]], trust_remote_code: bool = False
+    model: PreTrainedModel,
+    source: Source,
+    out: Path,
+    kept: Mapping[str, list[int]],
+    trust_remote_code: bool = False,
+    config: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write weights, cuts and side files; `config.json`, without which nothing loads, comes last. Returns the cuts.
+
+    Args:
+        model: The cut model.
+        source: What it was.
+        out: The folder.
+        kept: Layer -> which of its original outputs it kept.
+        trust_remote_code: The result needs code that comes with the checkpoint.
+        config: A `config.json` from which the class builds the model as it is, without cuts; None where there is none.
 
     Raises:
         ResourceError: The disk is full.
@@ -90,7 +104,7 @@ def write(
     sink.write(tensors)
     sink.publish()
     copy_side_files(source, out, code=trust_remote_code)
-    cuts = difference(widths(uncut(source.path, trust_remote_code)), model)
+    cuts = {} if config is not None else difference(widths(uncut(source.path, trust_remote_code)), model)
     write_json(out / KEPT, {"version": 1, "layers": {name: list(channels) for name, channels in kept.items()}})
-    write_json(out / "config.json", cut_config(source.config, cuts))
+    write_json(out / "config.json", config if config is not None else cut_config(source.config, cuts))
     return cuts
