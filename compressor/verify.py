@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from compressor.checkpoint.blocks import first_tensor
 from compressor.checkpoint.skeleton import quiet
 from compressor.errors import CompressorError, RecipeError, VerificationError
+from compressor.process import release_memory
 from compressor.runtime import KeyMismatch, load
 
 TOLERANCE = 1e-4
@@ -119,12 +120,15 @@ def verify(
 def confirm(out: Path, probe: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
     """Verify what was just written; a result that cannot be trusted is made unloadable before the error goes on.
 
+    The whole compressed model is in the fresh process's memory; this one gives back what it can before.
+
     Returns:
         What a report says about it.
 
     Raises:
         VerificationError: It does not load, or its output is another one.
     """
+    release_memory()
     try:
         result = verify(out, probe, trust_remote_code=trust_remote_code)
         if not result.ok:

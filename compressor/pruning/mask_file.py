@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from compressor.checkpoint.sink import save_tensors
 from compressor.errors import CheckpointError, disk_error
 from compressor.pruning.candidates import TensorState
 
@@ -53,11 +53,12 @@ def write_masks(path: Path, states: Mapping[str, TensorState], notes: Mapping[st
     text = json.dumps({"kind": KIND, "shapes": shapes, **notes}, sort_keys=True, allow_nan=False)
     part = path.with_name(path.name + ".part")
     try:
-        save_file(tensors, part, metadata={"masks": text})
+        save_tensors(part, tensors, metadata={"masks": text})
         part.replace(path)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
+        raise disk_error(error, path) from error
+    finally:
         part.unlink(missing_ok=True)
-        raise disk_error(error if isinstance(error, OSError) else OSError(str(error)), path) from error
 
 
 def read_masks(path: Path) -> tuple[dict[str, TensorState], dict[str, Any]]:

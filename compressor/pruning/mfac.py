@@ -20,10 +20,10 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, model_validator
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from compressor.calibration.precision import products
+from compressor.checkpoint.sink import save_tensors
 from compressor.decision import Masked, Outcome
 from compressor.errors import NumericalError, RecipeError, disk_error
 from compressor.formats.base import QuantFormat
@@ -237,7 +237,7 @@ class _State:
             tensors |= {f"{name}.keep": pack_mask(keep), f"{name}.values": values.cpu().contiguous()}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, path)
+            save_tensors(path, tensors)
         except OSError as error:
             raise disk_error(error, path) from error
 

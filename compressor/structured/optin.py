@@ -25,10 +25,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from compressor.checkpoint.blocks import BlockSequence, Recording
+from compressor.checkpoint.sink import save_tensors
 from compressor.structured.cutting import masked
 from compressor.structured.options import OptinOptions
 from compressor.structured.units import Part, Unit
@@ -267,5 +268,5 @@ class _Measured:
         if path is None:
             return
         part = path.with_name(path.name + ".part")
-        save_file({"layers": self.layers, "logits": self.logits, "done": self.done}, part)
+        save_tensors(part, {"layers": self.layers, "logits": self.logits, "done": self.done})
         part.replace(path)
