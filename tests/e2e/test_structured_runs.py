@@ -29,7 +29,6 @@ def quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     """Verify in this process unless the test is about the fresh one."""
     if request.node.get_closest_marker("fresh_process") is None:
         monkeypatch.setattr("compressor.verify.verify", compressor.verify.check)
-        monkeypatch.setattr("compressor.verify.verify", compressor.verify.check)
 
 
 @pytest.fixture

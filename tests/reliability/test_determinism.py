@@ -36,6 +36,9 @@ PRUNE: dict[str, dict[str, Any]] = {
     "icbs": {"options": {"window": 16, "samples": 16, "held_back": 8, "block": 512, "restarts": 1, "sweeps": 1}},
     "m-fac": {"options": {"window": 16, "samples": 16, "steps": 2}},
 }
+STRUCTURED: dict[str, dict[str, Any]] = {
+    "optin": {"options": {"group": 16, "samples": 4, "window": 16, "rows": 40, "logit_rows": 16, "length": 16}},
+}
 FILTERS = ("beta-rank", "l1", "random", "taylor")
 TIMES = ("seconds", "time", "latency")
 SAME = "the same SHA-256 of every file"
@@ -118,6 +121,19 @@ def test_prune(root: Path, tmp_path: Path, tally: Counter[str], method: str) -> 
     compare(run, tmp_path, tally)
 
 
+@pytest.mark.reliability("Determinism", "every method of `compress prune` that cuts language models")
+@pytest.mark.parametrize("method", list(STRUCTURED))
+def test_structured(root: Path, tmp_path: Path, tally: Counter[str], method: str) -> None:
+    found = []
+    for name in ("once", "again"):
+        text = {"data": str(root / "text.txt"), "n_samples": 6, "seq_len": 32, "macs": 0.7}
+        compressor.prune(str(root / "dense"), method=method, output=tmp_path / name, **text, **STRUCTURED[method])
+        found.append(hashes(tmp_path / name))
+    assert "model.safetensors" in found[0]
+    assert found[0] == found[1]
+    tally[SAME] += 1
+
+
 @pytest.mark.reliability("Determinism", "every method of `compress prune` for image classifiers")
 @pytest.mark.parametrize("method", FILTERS)
 def test_filters(root: Path, tmp_path: Path, tally: Counter[str], method: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,4 +152,5 @@ def test_no_method_is_left_out() -> None:
     assert set(QUANTIZE) == set(METHODS)
     kinds = {name: pruner.kind for name, pruner in PRUNERS.items()}
     assert set(PRUNE) == {name for name, kind in kinds.items() if kind == "language"}
+    assert set(STRUCTURED) == {name for name, kind in kinds.items() if kind == "structured"}
     assert set(FILTERS) == {name for name, kind in kinds.items() if kind == "vision"}
