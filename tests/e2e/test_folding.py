@@ -139,10 +139,11 @@ def test_a_run_that_was_stopped_writes_the_same_bytes(
     whole = quantize(source, tmp_path / "whole", text, method)
     commit = Engine._commit
 
-    def stop(self: Engine, unit: Any, finished: Any, started: float) -> None:
-        commit(self, unit, finished, started)
+    def stop(self: Engine, unit: Any, finished: Any, started: float) -> Any:
+        known = commit(self, unit, finished, started)
         if len(finished) == done:
             raise KeyboardInterrupt
+        return known
 
     monkeypatch.setattr(Engine, "_commit", stop)
     with pytest.raises(KeyboardInterrupt):
