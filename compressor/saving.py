@@ -18,6 +18,7 @@ from compressor.checkpoint.skeleton import model_class, names_on_disk, quiet, re
 from compressor.checkpoint.source import DTYPES, Source
 from compressor.formats.base import Slot
 from compressor.formats.native import MODEL_TYPE_PREFIX, QUANT_METHOD
+from compressor.report import Row
 
 KEPT = "compress_cuts.json"
 """Which of its original outputs every layer kept; for people and tools, loading does not need it."""
@@ -44,6 +45,30 @@ def stored_tensors(model: PreTrainedModel, source: Source) -> dict[str, Tensor]:
         dtype = DTYPES[info.dtype if info is not None else default] if tensor.is_floating_point() else tensor.dtype
         out[name] = tensor.detach().to(dtype).cpu().contiguous()
     return out
+
+
+def stored_shapes(model: PreTrainedModel, source: Source) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the model's tensors as it is now, by their names on disk."""
+    return {name: tuple(tensor.shape) for name, tensor in stored_tensors(model, source).items()}
+
+
+def rows(
+    model: PreTrainedModel, source: Source, before: Mapping[str, tuple[int, ...]], uncut: tuple[str, str]
+) -> list[Row]:
+    """Return what a report says of every tensor of a cut model.
+
+    Args:
+        model: The cut model.
+        source: What it was.
+        before: Its `stored_shapes` before the cut.
+        uncut: Action and reason of tensors whose shape stayed.
+    """
+    found = []
+    for name, tensor in stored_tensors(model, source).items():
+        size, was, now = tensor.element_size(), before[name], tuple(tensor.shape)
+        action, reason = uncut if was == now else ("rewritten", f"{list(was)} -> {list(now)}")
+        found.append(Row(name, action, reason, torch.Size(was).numel() * size, tensor.numel() * size))
+    return found
 
 
 def round_to_stored(model: PreTrainedModel, source: Source) -> None:

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from compressor.cli.quantize import parse_options
+from compressor.cli.render import STDERR
 from compressor.errors import RecipeError, did_you_mean
 from compressor.ranks import announced
 
@@ -67,6 +68,16 @@ class PruneFlags:
     dry_run: bool = False
     json: bool = False
     quiet: bool = False
+
+    def announce(self) -> None:
+        """Say what begins, unless only the result is wanted."""
+        if not self.quiet and not self.json:
+            STDERR.print(f"compress prune {self.model}: method {self.method}", soft_wrap=True, markup=False)
+
+    def calibration(self) -> dict[str, Any]:
+        """Return the settings of calibration text that were given, by name."""
+        names = ("data", "n_samples", "seq_len")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def refuse(self, *names: str) -> None:
         """Raise if one of these flags was given: the method has no use for it.

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from compressor.cli.quantize import show_plan
-from compressor.cli.render import STDERR, STDOUT, RichProgress, print_json, report_table
+from compressor.cli.render import STDOUT, RichProgress, print_json, report_table
 from compressor.errors import did_you_mean
 
 if TYPE_CHECKING:
@@ -27,9 +27,6 @@ def run(flags: PruneFlags) -> None:
     from compressor.api import execute, prepare
     from compressor.pruner import prune_recipe
 
-    given: dict[str, Any] = {
-        name: getattr(flags, name) for name in ("data", "n_samples", "seq_len") if getattr(flags, name) is not None
-    }
     recipe = prune_recipe(
         flags.model,
         method=flags.method,
@@ -42,10 +39,9 @@ def run(flags: PruneFlags) -> None:
         seed=flags.seed,
         trust_remote_code=flags.trust_remote_code,
         allow_pickle=flags.allow_pickle,
-        **given,
+        **flags.calibration(),
     )
-    if not flags.quiet and not flags.json:
-        STDERR.print(f"compress prune {flags.model}: method {flags.method}", soft_wrap=True, markup=False)
+    flags.announce()
     job = prepare(recipe, flags.output, device=flags.device, force=flags.force)
     if flags.dry_run:
         show_plan(job, flags.json)

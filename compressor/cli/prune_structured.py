@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from compressor.cli.render import STDERR, STDOUT, RichProgress, duration, print_json, size, table
+from compressor.cli.render import STDOUT, RichProgress, duration, print_json, size, table
 
 if TYPE_CHECKING:
     from compressor.cli.prune import PruneFlags
@@ -22,7 +22,6 @@ def run(flags: PruneFlags) -> None:
     from compressor.structured.planning import prepare
     from compressor.structured.recipe import make_recipe
 
-    names = ("data", "n_samples", "seq_len")
     recipe = make_recipe(
         model=flags.model,
         method=flags.method,
@@ -30,13 +29,12 @@ def run(flags: PruneFlags) -> None:
         macs=flags.macs,
         skip=flags.skip,
         options=flags.options or {},
-        calibration={name: getattr(flags, name) for name in names if getattr(flags, name) is not None},
+        calibration=flags.calibration(),
         seed=flags.seed,
         trust_remote_code=flags.trust_remote_code,
         allow_pickle=flags.allow_pickle,
     )
-    if not flags.quiet and not flags.json:
-        STDERR.print(f"compress prune {flags.model}: method {flags.method}", soft_wrap=True, markup=False)
+    flags.announce()
     job = prepare(recipe, flags.output, device=flags.device, force=flags.force)
     if flags.dry_run:
         _show_plan(job, flags.json)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from compressor.cli.render import STDERR, STDOUT, RichProgress, duration, print_json, size, table
+from compressor.cli.render import STDOUT, RichProgress, duration, print_json, size, table
 from compressor.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -42,8 +42,7 @@ def run(flags: PruneFlags) -> None:
         options=flags.options or {},
         seed=flags.seed,
     )
-    if not flags.quiet and not flags.json:
-        STDERR.print(f"compress prune {flags.model}: method {flags.method}", soft_wrap=True, markup=False)
+    flags.announce()
     job = prepare(
         recipe, flags.output, device=flags.device, force=flags.force, trust_remote_code=flags.trust_remote_code
     )

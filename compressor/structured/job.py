@@ -20,7 +20,7 @@ from compressor.checkpoint.skeleton import quiet
 from compressor.environment import versions
 from compressor.errors import RecipeError, VerificationError
 from compressor.plan import digest
-from compressor.report import Progress, Row, RunReport, Silent
+from compressor.report import Progress, RunReport, Silent
 from compressor.structured.budget import search, search_equal
 from compressor.structured.config import plain_config
 from compressor.structured.cutting import NOISE, cut, masked, relative_difference, try_cuts
@@ -144,9 +144,7 @@ def _run(job: StructuredJob, name: str, calibration: CalibrationSet, progress: P
     inputs = example_inputs(job.skeleton.model, job.skeleton.device, length=PROBE_TOKENS)
     with masked(job.skeleton.model, gone):
         expected = _output(job, inputs)
-    before = {
-        name: tuple(tensor.shape) for name, tensor in saving.stored_tensors(job.skeleton.model, job.source).items()
-    }
+    before = saving.stored_shapes(job.skeleton.model, job.source)
     rows = cut(job.skeleton.model, gone)
     off = relative_difference(_output(job, inputs), expected)
     if not off <= NOISE:
@@ -163,7 +161,7 @@ def _run(job: StructuredJob, name: str, calibration: CalibrationSet, progress: P
     report.stock = config is not None
     if config is None and job.method.options.layers == "equal":
         report.events.append("layers are equal, but the model's config cannot say so: the cuts are listed instead")
-    report.rows = _rows(job, before)
+    report.rows = saving.rows(job.skeleton.model, job.source, before, ("kept", "not cut"))
     report.bytes_before = sum(row.bytes_before for row in report.rows)
     report.bytes_after = sum(row.bytes_after for row in report.rows)
     report.measured["after"] = _measure(job)
@@ -220,13 +218,3 @@ def _described(part: Part, kept: Sequence[Unit]) -> dict[str, Any]:
         "units": [part.count, len(mine)],
         "inputs": [part.inputs, sum(unit.size for unit in mine)],
     }
-
-
-def _rows(job: StructuredJob, before: Mapping[str, tuple[int, ...]]) -> list[Row]:
-    rows = []
-    for name, tensor in saving.stored_tensors(job.skeleton.model, job.source).items():
-        size, was = tensor.element_size(), before[name]
-        same = was == tuple(tensor.shape)
-        action, reason = ("kept", "not cut") if same else ("rewritten", f"{list(was)} -> {list(tensor.shape)}")
-        rows.append(Row(name, action, reason, torch.Size(was).numel() * size, tensor.numel() * size))
-    return rows

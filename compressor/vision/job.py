@@ -14,7 +14,7 @@ from compressor import saving
 from compressor.checkpoint.sink import WORK, save_tensors, write_json
 from compressor.environment import versions
 from compressor.plan import digest
-from compressor.report import Progress, Row, RunReport, Silent
+from compressor.report import Progress, RunReport, Silent
 from compressor.verify import confirm
 from compressor.vision.clusters import Cluster, logits_of
 from compressor.vision.complexity import count_macs, count_parameters, latency
@@ -130,7 +130,7 @@ def measure(job: CutJob, test: Pixels) -> dict[str, Any]:
 def _run(job: CutJob, name: str, progress: Progress) -> CutReport:
     model, recipe = job.model, job.recipe
     report = CutReport(output=str(job.out), digest=name, recipe=recipe.model_dump(mode="json"), versions=versions())
-    before = {name: tuple(tensor.shape) for name, tensor in saving.stored_tensors(model, job.source).items()}
+    before = saving.stored_shapes(model, job.source)
     train_images, test = Pixels(job.data.train, job.preprocess), Pixels(job.data.test, job.preprocess)
     progress.stage("measuring the original")
     report.measured["before"] = measure(job, test)
@@ -151,7 +151,8 @@ def _run(job: CutJob, name: str, progress: Progress) -> CutReport:
     report.clusters = [_described(cluster, job.counts[cluster.name]) for cluster in job.graph.clusters]
     write_json(job.out / output_files.RECIPE, {**report.recipe, "source_revision": job.source.revision})
     saving.write(model, job.source, job.out, kept, job.trust_remote_code)
-    report.rows = _rows(job, before)
+    same = "trained" if recipe.finetune else "statistics computed again"
+    report.rows = saving.rows(model, job.source, before, ("rewritten", same))
     report.bytes_before = sum(row.bytes_before for row in report.rows)
     report.bytes_after = sum(row.bytes_after for row in report.rows)
     progress.stage("verifying in a fresh process")
@@ -186,18 +187,6 @@ def _finetune(job: CutJob, images: Pixels, progress: Progress) -> dict[str, Any]
         told=progress.stage,
     )
     return asdict(done)
-
-
-def _rows(job: CutJob, before: dict[str, tuple[int, ...]]) -> list[Row]:
-    rows = []
-    for name, tensor in saving.stored_tensors(job.model, job.source).items():
-        size = tensor.element_size()
-        was = torch.Size(before[name]).numel() * size
-        trained = "trained" if job.recipe.finetune else "statistics computed again"
-        same = before[name] == tuple(tensor.shape)
-        reason = trained if same else f"{list(before[name])} -> {list(tensor.shape)}"
-        rows.append(Row(name, "rewritten", reason, was, tensor.numel() * size))
-    return rows
 
 
 def _described(cluster: Cluster, counts: tuple[int, int]) -> dict[str, Any]:

@@ -123,7 +123,7 @@ def test_more_bits_of_operands_are_closer(tmp_path: Path) -> None:
     assert float((torch.cat(steps, 1) - outputs["fpq4"]).norm() / outputs["fpq4"].norm()) < 0.02
 
 
-def test_resuming_writes_the_same_operands(tmp_path: Path) -> None:
+def test_a_second_run_writes_the_same_operands(tmp_path: Path) -> None:
     model = models.tiny_bert()
     run(model, tmp_path, format="int8", attention="fpq6")
     run(model, tmp_path, format="int8", attention="fpq6", output=tmp_path / "again")
