@@ -21,7 +21,7 @@ from compressor.checkpoint.skeleton import Skeleton
 from compressor.checkpoint.source import DTYPES, Source
 from compressor.errors import RecipeError, UnsupportedError
 from compressor.formats import BUILDERS, FIXED_GROUP, get_format, parse_group_size
-from compressor.formats.activations import INPUT_FORMATS, get_input_format
+from compressor.formats.activations import get_attention_format
 from compressor.formats.base import QuantFormat, group_setting
 from compressor.input_plan import input_notes, plan_inputs, scales_inputs, stored_as, with_inputs
 from compressor.methods.base import Method, RouterMethod, Stream
@@ -319,11 +319,10 @@ def activation_sites(model: nn.Module, blocks: BlockSequence, recipe: Recipe) ->
     """Yield the operands of every innermost attention module.
 
     Raises:
-        RecipeError: Operands are to be rounded to what is no format for them.
+        RecipeError: Operands are to be rounded to what is no format for them; see `get_attention_format`.
     """
-    if recipe.attention is not None and not get_input_format(recipe.attention).searched:
-        names = ", ".join(name for name, fmt in INPUT_FORMATS.items() if fmt.searched)
-        raise RecipeError(f"--attention {recipe.attention}: operands of attention are rounded to {names}", "use fpq8")
+    if recipe.attention is not None:
+        get_attention_format(recipe.attention)
     attention = [name for name, module in model.named_modules() if type(module).__name__.endswith("Attention")]
     for name in attention:
         block = blocks.index_of(name)

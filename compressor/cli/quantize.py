@@ -150,7 +150,7 @@ def check_names(
 ) -> None:
     """Reject unknown names before torch is imported, so that a typo costs no seconds."""
     from compressor.formats import BUILDERS, parse_group_size
-    from compressor.formats.activations import get_input_format
+    from compressor.formats.activations import get_attention_format, get_input_format
     from compressor.methods import METHODS
     from compressor.pruning import PRUNERS
 
@@ -165,7 +165,7 @@ def check_names(
     if inputs is not None:
         get_input_format(inputs)
     if attention is not None:
-        get_input_format(attention)
+        get_attention_format(attention)
 
 
 def parse_overrides(pairs: list[str]) -> dict[str, str]:

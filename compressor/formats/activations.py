@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from compressor.errors import UnsupportedError, did_you_mean
+from compressor.errors import RecipeError, UnsupportedError, did_you_mean
 
 if TYPE_CHECKING:
     import torch
@@ -134,6 +134,21 @@ def get_input_format(name: str) -> InputFormat:
     if name not in INPUT_FORMATS:
         raise did_you_mean("format of inputs", name, INPUT_FORMATS)
     return INPUT_FORMATS[name]
+
+
+def get_attention_format(name: str) -> InputFormat:
+    """Return the format of this name that operands of attention can be rounded to: a searched one.
+
+    Raises:
+        RecipeError: There is none.
+    """
+    formats = {fmt.name: fmt for fmt in INPUT_FORMATS.values() if fmt.searched}
+    if name in INPUT_FORMATS and name not in formats:
+        names = ", ".join(formats)
+        raise RecipeError(f"--attention {name}: operands of attention are rounded to {names}", "use fpq8")
+    if name not in formats:
+        raise did_you_mean("format of operands of attention", name, formats)
+    return formats[name]
 
 
 def input_format_from(arguments: Mapping[str, Any]) -> InputFormat:

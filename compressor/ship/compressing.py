@@ -80,12 +80,14 @@ def check_names(recipe: Recipe) -> None:
         RecipeError: A name is not known, or a group size is not valid.
     """
     from compressor.formats import BUILDERS, parse_group_size
-    from compressor.formats.activations import get_input_format
+    from compressor.formats.activations import get_attention_format, get_input_format
     from compressor.pruning import get_method
 
     get_method(recipe.method, recipe.options)
     if recipe.inputs is not None:
         get_input_format(recipe.inputs)
+    if recipe.attention is not None:
+        get_attention_format(recipe.attention)
     for name, group_size in [(recipe.format, recipe.group_size), *((o.format, o.group_size) for o in recipe.overrides)]:
         if name in BUILDERS:
             parse_group_size(name, group_size)

@@ -165,6 +165,9 @@ def test_the_search_never_does_worse_and_mostly_better(bits: int) -> None:
 def test_operands_of_no_float_and_damage(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="operands of attention are rounded to fpq4, fpq6, fpq8"):
         run(models.tiny_bert(), tmp_path, format="int8", attention="int8-token")
+    with pytest.raises(RecipeError, match=r"format of operands of attention .fpq7.") as refused:
+        run(models.tiny_bert(), tmp_path, format="int8", attention="fpq7")
+    assert "int" not in str(refused.value.hint)  # only what operands can be rounded to is suggested
     with pytest.raises(CheckpointError, match="scale 0 and 1 mantissa bits of query"):
         operands.rebuilt("here", torch.tensor([[0.0, 1], [1, 1], [1, 1], [1, 1]]), 4)
     with pytest.raises(CheckpointError, match="5 mantissa bits of value"):
