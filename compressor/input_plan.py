@@ -55,7 +55,7 @@ def plan_inputs(
         found: Where it may move factors.
 
     Raises:
-        RecipeError: A pattern of `--skip-inputs` matches no compressed layer.
+        RecipeError: A pattern of `--skip-inputs` matches no compressed layer, or a layer has no exponent to take over.
         UnsupportedError: No layer's inputs can be rounded, or a width does not divide into the format's groups.
     """
     if recipe.inputs is None:
@@ -81,7 +81,7 @@ def plan_inputs(
             elif reason := skipped.get(layer.ref.name):
                 layer = replace(layer, inputs_kept_because=reason)
             else:
-                check_width(layer, fmt)
+                check_pair(layer, fmt)
                 fold = folds.get(layer.ref.name)
                 site = InputSite(layer.ref, fold, found.norms.get(layer.ref.name))
                 own = method.steps(fmt, site) if isinstance(method, InputMethod) else ()
@@ -101,13 +101,20 @@ def plan_inputs(
     return out
 
 
-def check_width(layer: LayerPlan, fmt: InputFormat) -> None:
-    """Make sure that a compressed layer's inputs divide into the format's groups.
+def check_pair(layer: LayerPlan, fmt: InputFormat) -> None:
+    """Make sure that the format of inputs suits a compressed layer.
 
     Raises:
-        UnsupportedError: They do not.
+        RecipeError: Inputs on grids of powers have the exponent of their weights, and these have none.
+        UnsupportedError: Its inputs do not divide into the format's groups.
     """
     assert layer.ref.matrix is not None
+    assert layer.format is not None
+    if fmt.kind == "power" and not layer.format.startswith("power"):
+        raise RecipeError(
+            f"{layer.ref.module}: --inputs {fmt.name} takes over the exponent of weights, which {layer.format} has not",
+            f"use --method nupes --format power4, or --inputs int{fmt.bits}-token",
+        )
     if refusal := fmt.refuse(layer.ref.matrix[1]):
         raise UnsupportedError(
             f"{layer.ref.module}: --inputs {fmt.name}: {refusal}",

@@ -35,16 +35,8 @@ SUFFIXES = frozenset(
         *("weight_packed", "weight_scale", "weight_zero_point", "weight_global_scale", "weight_shape", "weight_g_idx"),
         *("weight_codebook", "weight_exponent", "weight_mantissa"),
         *("input_scale", "input_zero_point", "input_global_scale"),
-        *(
-            "input_shift",
-            "input_shift_carry",
-            "input_factor",
-            "input_mantissa",
-            "input_pow2",
-            "input_order",
-            "input_rotation",
-        ),
-        "input_rotation_2",
+        *("input_shift", "input_shift_carry", "input_factor", "input_mantissa", "input_pow2", "input_exponent"),
+        *("input_order", "input_rotation", "input_rotation_2"),
         *("output_scale", "output_zero_point"),
     }
 )

@@ -83,12 +83,15 @@ class InputRounding:
         coverage, routers = Coverage(min_expert_tokens), find_routers(self._planned, self.skeleton)
         return Capture(widths, modules, (MaxAbs(),), self.skeleton.device, coverage, routers, ranks)
 
-    def attach(self, decided: Mapping[str, tuple[InputOp, ...]], ranges: Capture | None) -> dict[str, Tensor]:
+    def attach(
+        self, decided: Mapping[str, tuple[InputOp, ...]], ranges: Capture | None, packed: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
         """Round from now on, and return the tensors to store, by name on disk.
 
         Args:
             decided: Tensor name -> operations the method chose; layers without an entry get the plan's format.
             ranges: What `ranges` returned, after the calibration samples have passed.
+            packed: The block's packed weights by name on disk: inputs on grids of powers take over their exponents.
 
         Raises:
             NumericalError: Inputs are not finite.
@@ -96,7 +99,9 @@ class InputRounding:
         out: dict[str, Tensor] = {}
         treats: dict[str, Treat] = {}
         for layer in self.layers:
-            ops = decided.get(layer.ref.name) or self._default(layer, ranges)
+            ops = decided.get(layer.ref.name) or self._default(
+                layer, ranges, packed.get(f"{layer.ref.module}.weight_exponent")
+            )
             found = tuple(op.describe() for op in ops)
             assert found == layer.steps, f"{layer.ref.name}: {found} was not planned, {layer.steps} was"
             for op in ops:
@@ -110,20 +115,26 @@ class InputRounding:
         return out
 
     @contextmanager
-    def learning(self, ranges: Capture | None, left: float, generator: torch.Generator) -> Iterator[None]:
+    def learning(
+        self, ranges: Capture | None, left: float, generator: torch.Generator, exponents: Mapping[str, float]
+    ) -> Iterator[None]:
         """Round to the plan's formats inside a `with`, while gradients pass as if nothing was rounded.
 
         Args:
             ranges: What `ranges` returned, after the calibration samples have passed.
             left: Share of values that are left as they are.
             generator: Draws them.
+            exponents: Tensor name -> exponent of a weight on a grid of powers, as it is now.
 
         Raises:
             NumericalError: Inputs are not finite.
         """
-        self._treat(
-            {layer.ref.name: _straight_through(self._default(layer, ranges), left, generator) for layer in self.layers}
-        )
+        treats = {}
+        for layer in self.layers:
+            power = exponents.get(layer.ref.name)
+            ops = self._default(layer, ranges, None if power is None else torch.tensor([power]))
+            treats[layer.ref.name] = _straight_through(ops, left, generator)
+        self._treat(treats)
         try:
             yield
         finally:
@@ -181,7 +192,7 @@ class InputRounding:
     def _module(self, layer: LayerPlan) -> nn.Module:
         return self.skeleton.model.get_submodule(layer.ref.param.rpartition(".")[0])
 
-    def _default(self, layer: LayerPlan, ranges: Capture | None) -> tuple[InputOp, ...]:
+    def _default(self, layer: LayerPlan, ranges: Capture | None, exponent: Tensor | None) -> tuple[InputOp, ...]:
         name = default_format(layer)
         assert name is not None, f"{layer.ref.name}: its method was to choose {layer.steps}, but did not"
         fmt = INPUT_FORMATS[name]
@@ -194,7 +205,7 @@ class InputRounding:
                     f"{layer.ref.name}: its calibration inputs are not finite",
                     "use other calibration data, or leave its inputs as they are with --skip-inputs",
                 )
-        return (calibrated(fmt, loudest, self.dtype),)
+        return (calibrated(fmt, loudest, self.dtype, exponent),)
 
     def _rounding(self, name: str, ops: tuple[InputOp, ...]) -> Treat:
         """Return what rounds one layer's input and keeps the books."""

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 Granularity = Literal["token", "tensor", "group"]
 
-SCALE, GLOBAL_SCALE = "input_scale", "input_global_scale"
-"""Suffixes of stored scales: a multiplier in the checkpoint's dtype, and NVFP4's float32 divisor."""
+SCALE, GLOBAL_SCALE, EXPONENT = "input_scale", "input_global_scale", "input_exponent"
+"""Suffixes of what is stored: a multiplier, NVFP4's divisor (float32), the exponent of powers (float32)."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class InputFormat:
     Attributes:
         name: What users type.
         bits: Bits of one code.
-        kind: `int`, codes from `-2**(bits-1)`; or `float`: E4M3 for 8 bits, E2M1 for 4.
+        kind: `int`, codes from `-2**(bits-1)`; `float`: E4M3 for 8 bits, E2M1 for 4; or `power`: signed powers with the
+            exponent of the weights they meet; native only.
         granularity: What shares one scale: a row of inputs (`token`), all of them (`tensor`), or `group_size`
             neighbours of one row.
         static: Whether a scale from calibration is stored. Of groups it is a global one, with scales of their own
@@ -43,13 +44,18 @@ class InputFormat:
 
     name: str
     bits: int
-    kind: Literal["int", "float"]
+    kind: Literal["int", "float", "power"]
     granularity: Granularity
     static: bool = False
     group_size: int | None = None
     scales: Literal["float", "fp8", "e8m0"] = "float"
     searched: bool = False
     symmetric: bool = True
+
+    @property
+    def native(self) -> bool:
+        """Whether only this package's own checkpoints can say it."""
+        return self.searched or self.kind == "power"
 
     @property
     def suffix(self) -> str | None:
@@ -64,6 +70,9 @@ class InputFormat:
 
         from compressor.formats.base import Slot  # names alone must not cost the import of torch
 
+        if self.kind == "power":
+            names = (EXPONENT, SCALE) if self.static else (EXPONENT,)
+            return {name: Slot(torch.float32, (1,)) for name in names}
         if self.suffix is None:
             return {}
         return {self.suffix: Slot(torch.float32 if self.suffix == GLOBAL_SCALE else dtype, (1,))}
@@ -78,11 +87,13 @@ class InputFormat:
         """Return the JSON form of rounding to this format; see `compressor.inputs.Quantize.describe`."""
         if self.searched:
             return {"op": "float", "format": self.name, "bits": self.bits}
+        if self.kind == "power":
+            return {"op": "power", "format": self.name}
         return {"op": "quantize", "format": self.name, "clip": 1.0}
 
     def arguments(self) -> dict[str, object]:
-        """Return the compressed-tensors `input_activations`; searched formats have none."""
-        assert not self.searched, self.name
+        """Return the compressed-tensors `input_activations`; native formats have none."""
+        assert not self.native, self.name
         out: dict[str, object] = {"num_bits": self.bits, "type": self.kind, "symmetric": self.symmetric}
         out["strategy"] = "tensor_group" if self.scales == "fp8" else str(self.granularity)
         out["dynamic"] = "local" if self.scales == "fp8" else not self.static
@@ -104,6 +115,8 @@ _ALL = (
     InputFormat("mxfp4", 4, "float", "group", group_size=32, scales="e8m0"),
     InputFormat("mxfp8", 8, "float", "group", group_size=32, scales="e8m0"),
     *(InputFormat(f"fpq{bits}", bits, "float", "tensor", static=True, searched=True) for bits in (4, 6, 8)),
+    *(InputFormat(f"power{bits}-token", bits, "power", "token") for bits in range(4, 9)),
+    *(InputFormat(f"power{bits}-tensor", bits, "power", "tensor", static=True) for bits in range(4, 9)),
 )
 INPUT_FORMATS: dict[str, InputFormat] = {fmt.name: fmt for fmt in _ALL}
 
@@ -122,6 +135,8 @@ INPUT_SUMMARIES: dict[str, str] = {
     **{
         f"fpq{bits}": "LLM-FP4's floats: split and real bias per layer, powers of two per channel" for bits in (4, 6, 8)
     },
+    **{f"power{bits}-token": f"powers, the exponent of their weights, {_DYNAMIC}" for bits in range(4, 9)},
+    **{f"power{bits}-tensor": f"powers, the exponent of their weights, {_STATIC}" for bits in range(4, 9)},
 }
 
 
@@ -173,7 +188,7 @@ def input_format_from(arguments: Mapping[str, Any]) -> InputFormat:
         "group_size": size if strategy in ("group", "tensor_group") else None,
         "scale_dtype": None if arguments.get("scale_dtype") is None else str(arguments["scale_dtype"]),
     }
-    for fmt in (entry for entry in _ALL if not entry.searched):
+    for fmt in (entry for entry in _ALL if not entry.native):
         ours = {"group_size": None, "scale_dtype": None, **fmt.arguments()}
         # NVFP4 and MX scales follow from the strategy and the group size: the key may be left out.
         if ours == wanted or (fmt.scales == "fp8" and {**ours, "scale_dtype": None} == wanted):

@@ -8,6 +8,7 @@ any fused version must equal. Weight-only results leave the list empty.
 from compressor.inputs.base import OPERANDS, InputOp, apply_ops
 from compressor.inputs.floats import RoundFloat
 from compressor.inputs.moves import Permute, Pow2, Rotate, Scale, Shift
+from compressor.inputs.powers import RoundPower
 from compressor.inputs.quantize import Quantize
 from compressor.inputs.stored import calibrated, carried, is_static, rebuild, saturated, stored_slots
 
@@ -19,6 +20,7 @@ __all__ = [
     "Quantize",
     "Rotate",
     "RoundFloat",
+    "RoundPower",
     "Scale",
     "Shift",
     "apply_ops",

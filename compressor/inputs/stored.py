@@ -8,23 +8,28 @@ import torch
 from torch import Tensor
 
 from compressor.errors import CheckpointError
-from compressor.formats.activations import INPUT_FORMATS, SCALE, InputFormat
+from compressor.formats.activations import EXPONENT, INPUT_FORMATS, SCALE, InputFormat
 from compressor.formats.base import Slot
 from compressor.formats.small_floats import SPLITS
 from compressor.inputs.base import InputOp
 from compressor.inputs.floats import RoundFloat
 from compressor.inputs.moves import ROTATIONS, Permute, Pow2, Rotate, Scale, Shift
+from compressor.inputs.powers import RoundPower
 from compressor.inputs.quantize import Quantize
 
 
-def calibrated(fmt: InputFormat, loudest: Tensor, dtype: torch.dtype) -> InputOp:
+def calibrated(fmt: InputFormat, loudest: Tensor, dtype: torch.dtype, exponent: Tensor | None = None) -> InputOp:
     """Return the operation that rounds to a format and just covers the calibration data.
 
     Args:
         fmt: The format.
         loudest: `[in]` largest magnitude of every channel; not looked at by dynamic formats.
         dtype: Dtype static scales are stored in.
+        exponent: `[1]`, that of the layer's weight, for grids of powers.
     """
+    if fmt.kind == "power":
+        assert exponent is not None, "planned for weights with an exponent only"
+        return RoundPower.calibrated(fmt, loudest.amax(), exponent)
     if fmt.searched:
         return RoundFloat.covering(fmt.bits, SPLITS[fmt.bits][0], loudest, offsets=False)
     return Quantize.calibrated(fmt, loudest.amax(), dtype)
@@ -32,12 +37,12 @@ def calibrated(fmt: InputFormat, loudest: Tensor, dtype: torch.dtype) -> InputOp
 
 def is_static(op: InputOp) -> bool:
     """Return whether an operation cuts off what lies beyond a stored scale."""
-    return isinstance(op, RoundFloat) or (isinstance(op, Quantize) and op.format.static)
+    return isinstance(op, RoundFloat) or (isinstance(op, Quantize | RoundPower) and op.format.static)
 
 
 def saturated(op: InputOp, x: Tensor) -> int:
     """Return how many values of `x` an operation cuts off, as far as rounding does not explain it."""
-    return op.saturated(x) if isinstance(op, RoundFloat | Quantize) else 0
+    return op.saturated(x) if isinstance(op, RoundFloat | RoundPower | Quantize) else 0
 
 
 def carried(ops: Sequence[InputOp]) -> Tensor | None:
@@ -69,6 +74,9 @@ def rebuild(descriptions: Sequence[dict[str, object]], tensors: dict[str, Tensor
             elif name == "float":
                 bits, split = int(str(entry["bits"])), tensors["input_mantissa"]
                 ops.append(RoundFloat(bits, tensors[SCALE], split, tensors["input_pow2"]))
+            elif name == "power":
+                fmt = INPUT_FORMATS[str(entry["format"])]
+                ops.append(RoundPower(fmt, tensors[EXPONENT], tensors.get(SCALE)))
             elif name == "quantize":
                 fmt = INPUT_FORMATS[str(entry["format"])]
                 ops.append(Quantize(fmt, tensors.get(fmt.suffix or ""), float(str(entry["clip"]))))
@@ -94,7 +102,7 @@ def stored_slots(
     """
     slots: dict[str, Slot] = {}
     for entry in descriptions:
-        if entry.get("op") == "quantize" and entry.get("format") in INPUT_FORMATS:
+        if entry.get("op") in ("quantize", "power") and entry.get("format") in INPUT_FORMATS:
             slots |= INPUT_FORMATS[str(entry["format"])].layout(dtype)
         elif entry.get("op") == "float":
             slots |= {SCALE: Slot(torch.float32, (1,)), "input_mantissa": Slot(torch.uint8, (1,))}

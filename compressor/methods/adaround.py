@@ -95,6 +95,11 @@ class UpOrDown:
         rate = 10 / max(options.steps(fmt.bits), 100) if options.lr is None else options.lr
         self.groups = [(self.v, rate)]
 
+    @property
+    def exponent(self) -> None:
+        """Integers have none."""
+        return
+
     def value(self) -> Tensor:
         """Return the soft `What`, float32 `[out, in]`."""
         return self._clamped(self.floor + self._h()).mul_(self.steps).flatten(-2)

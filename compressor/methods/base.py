@@ -26,6 +26,9 @@ from compressor.plan import WeightRef
 PRUNED_SHARE = 0.05
 """Share of exact zeros from which on a matrix counts as pruned."""
 
+WEIGHTS_AT_ONCE, ROWS_AT_ONCE = 1 << 18, 512
+"""How much of a matrix is compared in one step: weights that stay in a processor's cache, rows worth a product."""
+
 _LARGEST_SQUARED = torch.finfo(torch.float32).max ** 0.5
 
 
@@ -116,7 +119,9 @@ class Layer:
         )
 
 
-def _as_they_are(left: float, generator: torch.Generator) -> AbstractContextManager[None]:
+def _as_they_are(
+    left: float, generator: torch.Generator, exponents: Mapping[str, float]
+) -> AbstractContextManager[None]:
     """Return a context in which no inputs are rounded."""
     return nullcontext()
 
@@ -138,7 +143,8 @@ class Block:
         progress: Told, in words, how far the method is.
         pieces: Samples that were cut from each calibration sample.
         rounding: Context in which `forward` rounds the inputs of layers as the result will; gradients pass as if it did
-            not. Takes the share of values that are left as they are all the same, and what draws them.
+            not. Takes the share of values that are left as they are all the same, what draws them, and the exponents of
+            weights on grids of powers by tensor name, which inputs on such grids take over.
     """
 
     name: str
@@ -151,7 +157,7 @@ class Block:
     device: torch.device
     progress: Callable[[str], None]
     pieces: int = 1
-    rounding: Callable[[float, torch.Generator], AbstractContextManager[None]] = _as_they_are
+    rounding: Callable[[float, torch.Generator, Mapping[str, float]], AbstractContextManager[None]] = _as_they_are
 
 
 @runtime_checkable
@@ -238,7 +244,7 @@ class BlockMethod(Method, Protocol):
 
 def is_pruned(weight: Tensor) -> bool:
     """Return whether so many weights are exactly zero that they were pruned: they must stay zero."""
-    return int((weight == 0).sum()) >= PRUNED_SHARE * weight.numel()
+    return weight.numel() - int(torch.count_nonzero(weight)) >= PRUNED_SHARE * weight.numel()
 
 
 def describe_options(options: type[MethodOptions]) -> list[dict[str, Any]]:
@@ -257,10 +263,14 @@ def relative_error(weight: Tensor, decoded: Tensor, moment: Tensor | None = None
         decoded: What replaces it, `[out, in]` float32.
         moment: `[in, in]` mean of `x x^T`, or None for the error of the weights alone.
     """
-    delta = decoded - weight
-    if moment is None:
-        error, size = delta.pow(2).sum(dtype=torch.float64), weight.pow(2).sum(dtype=torch.float64)
-    else:
-        error = ((delta @ moment) * delta).sum(dtype=torch.float64)
-        size = ((weight @ moment) * weight).sum(dtype=torch.float64)
-    return math.sqrt(max(float(error), 0.0) / float(size)) if float(size) > 0 else 0.0
+    error = size = 0.0
+    rows = max(ROWS_AT_ONCE if moment is not None else WEIGHTS_AT_ONCE // max(weight.shape[1:].numel(), 1), 1)
+    for before, after in zip(weight.split(rows), decoded.split(rows), strict=True):
+        error += _energy(after - before, moment)
+        size += _energy(before, moment)
+    return math.sqrt(max(error, 0.0) / size) if size > 0 else 0.0
+
+
+def _energy(w: Tensor, moment: Tensor | None) -> float:
+    """Return `||w||^2`, or `tr(w moment w^T)`."""
+    return float((w.square() if moment is None else (w @ moment).mul_(w)).sum(dtype=torch.float64))

@@ -109,6 +109,11 @@ class Division:
             self.groups.append((self.log_row, rate))
         self._last: tuple[Tensor, Tensor, QParams] | None = None
 
+    @property
+    def exponent(self) -> float | None:
+        """The exponent of a grid of powers, which is not learned here."""
+        return None if self.q.exponent is None else float(self.q.exponent)
+
     def value(self) -> Tensor:
         """Return `What`, float32 `[out, in]`, and keep what `backward` needs."""
         q, divided = self.params(), self.divided()

@@ -227,6 +227,13 @@ class PowerCodes:
         self.alive = (grouped(w, fmt.group_size).abs() >= TINY).any(-1, keepdim=True)  # [out, groups, 1]
         self._last: tuple[Tensor, QParams] | None = None
 
+    @property
+    def exponent(self) -> float:
+        """The exponent as it is now, in stored precision."""
+        q = self.params()
+        assert q.exponent is not None, "power parameters carry their exponent"
+        return float(q.exponent)
+
     def value(self) -> Tensor:
         """Return `What`, float32 `[out, in]`, and keep what `backward` needs."""
         index, q = self._index(), self.params()

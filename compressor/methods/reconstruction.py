@@ -40,6 +40,11 @@ class Rounding(Protocol):
     groups: list[tuple[Tensor, float]]
     """Variables, updated in place by the optimizer, and the learning rate of each."""
 
+    @property
+    def exponent(self) -> float | None:
+        """The grid's exponent as it is now, which inputs on grids of powers take over; None for other grids."""
+        ...
+
     def value(self) -> Tensor:
         """Return the weight the block computes with while learning, float32 `[out, in]`; a tensor of its own."""
         ...
@@ -102,7 +107,9 @@ def learn(
     nearest = {layer.ref.name: _nearest(layer, fmt) for layer, fmt in block.layers}
     decoded = {layer.ref.name: fmt.decode(*nearest[layer.ref.name]) for layer, fmt in block.layers}
     products = options.products(block.device, bits)
-    before = _probe_loss(block, decoded, _spread(block.n_samples, PROBES * block.pieces), products, options.balance)
+    powers = {name: float(q.exponent) for name, (_, q) in nearest.items() if q.exponent is not None}
+    probes = _spread(block.n_samples, PROBES * block.pieces)
+    before = _probe_loss(block, decoded, powers, probes, products, options.balance)
     del decoded
     roundings = {layer.ref.name: start(layer, fmt) for layer, fmt in block.layers}
     learned = reconstruct(block, roundings, options, bits, generator)
@@ -149,7 +156,7 @@ def reconstruct(
     """
     products = options.products(block.device, bits)
     probes = _spread(block.n_samples, PROBES * block.pieces)
-    start = best = _probe_loss(block, _rounded(roundings), probes, products, options.balance)
+    start = best = _probe_loss(block, _rounded(roundings), _exponents(roundings), probes, products, options.balance)
     if not math.isfinite(start):
         raise NumericalError(f"{block.name}: its rounded output is not finite before learning", "try another format")
     variables = [(variable, rate) for rounding in roundings.values() for variable, rate in rounding.groups]
@@ -180,7 +187,7 @@ def reconstruct(
                     "lower the learning rate with --option lr=..., or use --option precision=fp32",
                 )
         if step + 1 in checks:
-            now = _probe_loss(block, _rounded(roundings), probes, products, options.balance)
+            now = _probe_loss(block, _rounded(roundings), _exponents(roundings), probes, products, options.balance)
             block.progress(f"{block.name}: step {step + 1} of {steps}, loss {now:.3g} of {start:.3g}")
             if now < best:
                 best = now
@@ -210,6 +217,7 @@ def _step(
     same in every block.
     """
     weights = {name: rounding.value().requires_grad_() for name, rounding in roundings.items()}
+    exponents = _exponents(roundings)
     total = 0.0
     with torch.enable_grad(), products:  # around all samples: autocast then converts every weight once
         for sample in samples:
@@ -222,7 +230,7 @@ def _step(
             weight = _token_weights(target, options.balance)
             size = float(target.square().mul_(weight).sum())
             unit = max(start * size * len(samples), torch.finfo(torch.float32).tiny)
-            with block.rounding(options.drop, generator):
+            with block.rounding(options.drop, generator, exponents):
                 leaving = block.forward(hidden, weights).float()
             loss = (leaving - target).square().mul(weight).sum() / unit
             if not torch.isfinite(loss):
@@ -243,10 +251,16 @@ def _rounded(roundings: Mapping[str, Rounding]) -> dict[str, Tensor]:
     return {name: rounding.rounded() for name, rounding in roundings.items()}
 
 
+def _exponents(roundings: Mapping[str, Rounding]) -> dict[str, float]:
+    found = {name: rounding.exponent for name, rounding in roundings.items()}
+    return {name: exponent for name, exponent in found.items() if exponent is not None}
+
+
 @torch.no_grad()
 def _probe_loss(
     block: Block,
     weights: Mapping[str, Tensor],
+    exponents: Mapping[str, float],
     probes: list[int],
     products: AbstractContextManager[None],
     balance: float,
@@ -256,7 +270,7 @@ def _probe_loss(
     for sample in probes:
         target = block.targets(sample)
         weight = _token_weights(target, balance)
-        with products, block.rounding(0, torch.Generator()):
+        with products, block.rounding(0, torch.Generator(), exponents):
             leaving = block.forward(block.inputs(sample), weights)
         error = float((leaving.float() - target).square_().mul_(weight).sum(dtype=torch.float64))
         size = float(target.square().mul_(weight).sum(dtype=torch.float64))

@@ -11,7 +11,8 @@ So a matrix product needs a table in front of its multiplications, and what rema
   they fit int8 and sums of `n_safe(49)` products fit int32.
 - any `e`: the table is rounded to multiples of `1 / top` (`fixed_point`); what that may do to a sum is `sum_bound`.
 
-No kernel uses this yet, as inputs are not quantized by this method; it is the oracle for one.
+Inputs are on the grid of their weights with `--inputs power8-token`, for example. No kernel uses this yet; it is the
+oracle for one.
 """
 
 from __future__ import annotations

@@ -104,7 +104,7 @@ def test_blocks_are_learned_with_inputs_rounded_as_the_result_rounds_them(
             weights[layer.ref.name] = fmt.decode(decision.codes, decision.qparams)
         with torch.no_grad():
             plain = block.forward(block.inputs(1), weights)
-            with block.rounding(0, torch.Generator()):
+            with block.rounding(0, torch.Generator(), {}):
                 left.append(block.forward(block.inputs(1), weights))
             assert torch.equal(plain, block.forward(block.inputs(1), weights)), "the context leaves nothing behind"
         assert not torch.equal(plain, left[-1])

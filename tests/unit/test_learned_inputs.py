@@ -62,7 +62,7 @@ def rounding_mlp(fmt: IntFormat) -> tuple[Block, list[tuple[bool, bool, float]]]
         return x + F.linear(treat(F.gelu(F.linear(treat(F.layer_norm(x, (width,))), first))), second)
 
     @contextmanager
-    def rounding(left: float, generator: torch.Generator) -> Iterator[None]:
+    def rounding(left: float, generator: torch.Generator, exponents: Mapping[str, float]) -> Iterator[None]:
         treats.append(_straight_through((BITS4,), left, generator))
         shares.append(left)
         try:
@@ -102,7 +102,7 @@ def test_weights_learned_with_rounded_inputs_serve_them_better(method: FlexRound
         outcome = method.solve_block(block, torch.Generator().manual_seed(0))
         decisions = {key: quantized(decision) for key, decision in outcome.decisions.items()}
         weights = {key: fmt.decode(found.codes, found.qparams) for key, found in decisions.items()}
-        with torch.no_grad(), with_inputs.rounding(0, torch.Generator()):
+        with torch.no_grad(), with_inputs.rounding(0, torch.Generator(), {}):
             out = [with_inputs.forward(with_inputs.inputs(i), weights) for i in range(block.n_samples)]
         errors[name] = sum(float((value - block.targets(i)).square().sum()) for i, value in enumerate(out))
     assert errors["with"] < 0.97 * errors["alone"], errors
