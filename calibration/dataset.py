@@ -43,9 +43,9 @@ class CalibrationSet:
     """Token windows and where they came from.
 
     Attributes:
-        tokens: int64 `[n_samples, seq_len]`.
-        source: JSON-ready description: data, origin, split, seed, n_samples, seq_len.
-        fingerprint: Hex SHA-256 of shape and token ids.
+        tokens: int64 `[n_samples, seq_len]`; pixels of images are float32 `[n_samples, n, channels, height, width]`.
+        source: JSON-ready description: data, origin, split, seed, n_samples, seq_len (or images).
+        fingerprint: Hex SHA-256 of shape and values.
         events: Sentences about fall-backs and text left out; each ends in the report.
         reserve: int64 `[n, seq_len]`, further windows for experts that too few tokens reach; None for none.
     """
@@ -171,9 +171,12 @@ def _sealed(
 
 
 def fingerprint(tokens: Tensor) -> str:
-    """Return the hex SHA-256 of the shape and the ids as little-endian int64, whatever machine computes it."""
+    """Return the hex SHA-256 of shape and values, whatever machine computes it.
+
+    Values count as little-endian int64, those of images as float32.
+    """
     digest = hashlib.sha256(repr(tuple(tokens.shape)).encode())
-    digest.update(tokens.contiguous().numpy().astype("<i8").tobytes())
+    digest.update(tokens.contiguous().numpy().astype("<f4" if tokens.is_floating_point() else "<i8").tobytes())
     return digest.hexdigest()
 
 

@@ -37,7 +37,8 @@ class Streams:
         folder: Where hidden states live.
         names: The streams to carry: `fp`, `compressed`, both or none.
         blocks: The block sequence; the weights of the block that runs must be loaded.
-        tokens: Calibration tokens `[n_samples, seq_len]`; None if no stream is carried.
+        tokens: Calibration tokens `[n_samples, seq_len]`, or pixels `[n_samples, n, channels, height, width]`; None if
+            no stream is carried.
         device: Where samples are run.
         products: The context they are run in.
         reserve: Tokens `[n, seq_len]` of further samples, from which experts that few tokens reach are topped up.
@@ -98,17 +99,17 @@ class Streams:
             self._top_up(index, name, before, capture)
         return boundary
 
-    def observe(self, index: int, before: Mapping[str, Boundary], capture: Capture) -> None:
-        """Collect statistics of what the original block makes of the compressed prefix."""
-        for _ in self._main(index, COMPRESSED, before, capture):
+    def observe(self, index: int, before: Mapping[str, Boundary], capture: Capture, name: str = COMPRESSED) -> None:
+        """Collect statistics of what the block as it now is makes of a stream, as a rule the compressed prefix."""
+        for _ in self._main(index, name, before, capture):
             pass
         capture.coverage.from_reserve = True
         for sample in range(self.n_samples, self._in_all):
             if not capture.coverage.lacking():
                 break
             with capture.attached(), torch.no_grad(), self.products, self._on_reserve(True):
-                self.run(index, self.stores[COMPRESSED].read(before[COMPRESSED], sample))
-        self._top_up(index, COMPRESSED, before, capture)
+                self.run(index, self.stores[name].read(before[name], sample))
+        self._top_up(index, name, before, capture)
 
     def watch(self, index: int, before: Mapping[str, Boundary]) -> None:
         """Run every sample behind the compressed prefix through the block as it now is, for others to look on."""
@@ -133,7 +134,10 @@ class Streams:
 
     def _inputs(self, sample: int) -> dict[str, Tensor]:
         assert self.tokens is not None
-        return {self.blocks.model.main_input_name: self.tokens[sample : sample + 1].to(self.device)}
+        chosen = self.tokens[sample : sample + 1].to(self.device)
+        if chosen.is_floating_point():  # the images of one sample
+            chosen = chosen.flatten(0, 1)
+        return {self.blocks.model.main_input_name: chosen}
 
     @contextmanager
     def _on_reserve(self, used: bool) -> Iterator[None]:

@@ -3,14 +3,15 @@
 Lee et al. 2023, "FlexRound: Learnable Rounding based on Element-wise Division for Post-Training Quantization", ICML,
 arXiv 2306.00317, section 3. For a linear weight `W` `[out, in]`:
 
-    W' = W / (S2 * s3)              one divisor per weight, one per output channel
+    W' = W / (S2 * s3)              one divisor per weight, one per output channel; of a convolution
+                                    `[out, in, height, width]` also s4, one per input channel
     What = s1 * clamp(round(W' / s1), lo, hi)
 
 `s1` is the grid size (per tensor, channel or group, as the format has it). All three are learned as logarithms, so a
 step of the optimizer is a relative change. The gradient passes rounding as if it were not there and stops where codes
 saturate: with `G` the gradient in `What` and `m` one inside the grid,
 
-    d log S2 = -G * m * W'          d log s3 = its row sums          d log s1 = sum over the group of G * (What - m W')
+    d log S2 = -G * m * W'          d log s3, s4 = its sums          d log s1 = sum over the group of G * (What - m W')
 
 A weight may move by several codes; weights of larger magnitude move further.
 """
@@ -32,7 +33,7 @@ from compressor.methods.grids import clamped
 from compressor.methods.learning import LearningOptions
 from compressor.methods.reconstruction import learn
 from compressor.methods.starts import from_gptq, from_grids
-from compressor.plan import WeightRef
+from compressor.plan import Kind, WeightRef
 
 
 class FlexRoundOptions(LearningOptions):
@@ -44,6 +45,7 @@ class FlexRoundOptions(LearningOptions):
     lr: float | None = Field(None, ge=0, le=1, description="learning rate of the logarithms; if unset 0.16 / 2**bits")
     lr_scale: float | None = Field(None, ge=0, le=1, description="learning rate of the grid size; lr if unset")
     row_divisor: bool = Field(True, description="learn s3, one divisor per output channel")
+    channel_divisor: bool = Field(True, description="convolutions: learn s4, one divisor per input channel")
 
 
 class FlexRound:
@@ -99,6 +101,8 @@ class Division:
         self.log_step = fmt.steps(q).log()  # s1 [out, groups, 1]
         self.log_divisor = torch.zeros_like(layer.weight)  # S2 [out, in]
         self.log_row = torch.zeros_like(layer.weight[:, :1])  # s3 [out, 1]
+        channels = layer.ref.shape[1] if layer.ref.kind is Kind.CONV and options.channel_divisor else 0
+        self.log_channel = layer.weight.new_zeros(channels, 1)  # s4 [in channels, 1], of convolutions alone
         # Neighbouring codes are further apart, as a ratio, the fewer there are.
         rate = 0.16 / 2**fmt.bits if options.lr is None else options.lr
         self.groups = [(self.log_divisor, rate)]
@@ -107,6 +111,8 @@ class Division:
             self.groups.append((self.log_step, scale_rate))
         if options.row_divisor:
             self.groups.append((self.log_row, rate))
+        if channels:
+            self.groups.append((self.log_channel, rate))
         self._last: tuple[Tensor, Tensor, QParams] | None = None
 
     @property
@@ -136,6 +142,8 @@ class Division:
         self.log_step.grad = moved.sum_to_size(self.log_step.shape)
         self.log_divisor.grad = pull.neg_()
         self.log_row.grad = pull.sum(1, keepdim=True)
+        if len(self.log_channel):
+            self.log_channel.grad = pull.unflatten(1, (len(self.log_channel), -1)).sum((0, 2)).unsqueeze(1)
         self._last = None
 
     def quantized(self) -> Quantized:
@@ -145,7 +153,10 @@ class Division:
 
     def divided(self) -> Tensor:
         """Return `W'`, float32 `[out, in]`."""
-        return torch.sub(self.log_row.neg(), self.log_divisor).exp_().mul_(self.weight)
+        exponent = torch.sub(self.log_row.neg(), self.log_divisor)
+        if len(self.log_channel):
+            exponent.unflatten(1, (len(self.log_channel), -1)).sub_(self.log_channel)
+        return exponent.exp_().mul_(self.weight)
 
     def params(self) -> QParams:
         """Return the grid in stored precision."""

@@ -86,6 +86,16 @@ class LearningOptions(MethodOptions):
             raise RecipeError(f"window={self.window} does not divide samples of {seq_len} tokens", "use a divisor")
         return self.window
 
+    def check_images(self) -> None:
+        """Refuse options that mean tokens of a text.
+
+        Raises:
+            RecipeError: One of them is set.
+        """
+        for name in ("blend", "window"):
+            if getattr(self, name) is not None:
+                raise RecipeError(f"option {name} is about tokens of a text; this model reads images", "leave it out")
+
     def products(self, device: torch.device, bits: int) -> AbstractContextManager[None]:
         """Return the context the block's products are computed in; `bits` are those of its widest weight."""
         if self.precision == "auto":

@@ -30,6 +30,9 @@ from compressor.methods.learning import LearningOptions
 PROBES = 4
 """Calibration samples whose loss decides which variables are kept."""
 
+_TEXT = 3
+"""Dimensions of hidden states of a text, `[1, tokens, hidden]`; those of images are `[n, channels, height, width]`."""
+
 PATIENCE = 10
 """Steps in a row without a finite loss after which learning gives up."""
 
@@ -225,7 +228,7 @@ def _step(
             if options.input_mix < 1:
                 keep = torch.rand(hidden.shape, generator=generator).to(hidden.device) < options.input_mix
                 hidden = torch.where(keep, hidden, block.fp_inputs(sample))
-            if reach := options.reach(bits):
+            if (reach := options.reach(bits)) and hidden.ndim == _TEXT:
                 hidden, target = blended(block, sample, hidden, reach, generator)
             weight = _token_weights(target, options.balance)
             size = float(target.square().mul_(weight).sum())
@@ -281,11 +284,13 @@ def _probe_loss(
 def _token_weights(target: Tensor, balance: float) -> Tensor:
     """Return how much every token's squared error counts, float32 `[..., 1]`: as `size**(-2 * balance)`, at most 1.
 
+    Of images, `[n, channels, height, width]`, it is every position's: `[n, 1, height, width]`.
+
     A few tokens of a language model, the first one above all, are a thousand times larger than the others. With plain
     squared errors they are all that is learned, as far as rounding can be; with relative ones they are one token among
     hundreds, although all others attend to them.
     """
-    power = target.square().mean(-1, keepdim=True)
+    power = target.square().mean(-1 if target.ndim == _TEXT else 1, keepdim=True)
     least = power.min().clamp_(min=1e-6 * float(power.mean()))
     return (least / power.clamp_(min=least)).nan_to_num_(nan=1.0).pow_(balance)  # 0 / 0 where all is zero
 

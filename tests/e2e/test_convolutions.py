@@ -112,8 +112,3 @@ def test_check_reads_them_too(tmp_path: Path) -> None:
             assert torch.equal(skeleton.model.get_submodule(name).weight, module.weight), name
     model = build_model(out, {name: info.shape for name, info in source.tensors.items()}, False)
     assert model.shape_of("mobilenet_v2.layer.0.conv_3x3.convolution.weight") == (48, 9)
-
-
-def test_methods_that_need_data_leave_convolutions(tmp_path: Path) -> None:
-    with pytest.raises(CompressorError, match="only methods that look at no data"):
-        compressor.quantize(saved("resnet", tmp_path), method="gptq", format="int8", output=tmp_path / "out")

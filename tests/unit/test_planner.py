@@ -140,12 +140,12 @@ def test_shared_expert_and_its_gate(tmp_path: Path) -> None:
     assert "model.layers.1.mlp.shared_expert.up_proj.weight" in {layer.ref.name for layer in plan.compressed}
 
 
-def test_convolutions_have_one_scale_per_filter_and_need_a_method_without_data(tmp_path: Path) -> None:
+def test_convolutions_have_one_scale_per_filter_and_need_a_method_that_moves_nothing(tmp_path: Path) -> None:
     plan = plan_of(models.tiny_resnet(), tmp_path, format="int8")
     assert {(layer.ref.kind, layer.group_size) for layer in plan.compressed} == {(Kind.CONV, None)}
     with pytest.raises(UnsupportedError, match="nothing to compress") as caught:
-        plan_of(models.tiny_resnet(), tmp_path, format="int8", method="gptq")
-    assert "only methods that look at no data" in caught.value.message
+        plan_of(models.tiny_resnet(), tmp_path, format="int8", method="awq")
+    assert "awq moves factors between norms and linear layers only" in caught.value.message
 
 
 @pytest.mark.parametrize(

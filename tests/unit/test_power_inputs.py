@@ -80,7 +80,7 @@ def test_what_is_stored_rebuilds_it(name: str) -> None:
     (again,) = rebuild([op.describe()], op.tensors())
     x = heavy_tailed(4, 16)
     assert torch.equal(again.apply(x), op.apply(x))
-    with pytest.raises(CheckpointError, match="input_exponent is 7, not from 0.1 to 1"):
+    with pytest.raises(CheckpointError, match=r"input_exponent is 7, not from 0\.1 to 1"):
         rebuild([op.describe()], {**op.tensors(), "input_exponent": torch.tensor([7.0])})
     with pytest.raises(CheckpointError, match="input_exponent is nan"):
         rebuild([op.describe()], {**op.tensors(), "input_exponent": torch.tensor([torch.nan])})
@@ -105,7 +105,7 @@ def test_with_squares_a_layer_is_an_exact_product_of_integers(bits: int) -> None
     steps = x.abs().amax(-1, keepdim=True) / largest  # [7, 1]
     squares = (rounded.double() / steps).round()
     input_codes = (squares.abs().sqrt() * squares.sign()).long()
-    assert torch.equal(input_codes * input_codes.abs(), squares.long()), "every rounded input is a square times its step"
+    assert torch.equal(input_codes * input_codes.abs(), squares.long()), "squares times a step"
     integers = power_products(input_codes, codes.long(), whole_table(bits, 0.5))
     product = integers.double() * steps.double() * q.scale.double().reshape(1, -1)
     expected = rounded.double() @ fmt.decode(fmt.encode(w, q), q).double().T
