@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from compressor.calibration.coverage import Coverage, ForcedRouting, Router
 from compressor.calibration.exchange import count_rows, join_lanes
 from compressor.calibration.stats import Accumulator, Laned, Statistic
-from compressor.errors import UnsupportedError
 from compressor.ranks import ALONE, Ranks
+from compressor.stacks import expert_bias, gated_middle, stack_layout
 
 Statistics = dict[Statistic, Accumulator]
 
@@ -128,9 +129,10 @@ class Capture:
             total.update(rows)
 
     def _dense_hook(self, name: str) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             if not self.coverage.from_reserve:
-                self._update(name, args[0].detach().flatten(0, -2))
+                x = args[0].detach()
+                self._update(name, windows(module, x) if isinstance(module, nn.Conv2d) else x.flatten(0, -2))
 
         return hook
 
@@ -152,34 +154,37 @@ class Capture:
 
         Not both of its inputs need be collected: the format may refuse one width, or the user skip it.
         """
-        if f"{stack}#{expert}.in" in self.sums:
+        if self.sums.get(f"{stack}#{expert}.in"):
             self._update(f"{stack}#{expert}.in", rows)
-        if f"{stack}#{expert}.mid" in self.sums and len(rows):
+        if self.sums.get(f"{stack}#{expert}.mid") and len(rows):
             self._update(f"{stack}#{expert}.mid", expert_middle(module, expert, rows))
+
+
+def windows(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """Return what a convolution of one group multiplies by its matrix `[out, in * height * width]`.
+
+    Args:
+        conv: The convolution.
+        x: Its input `[n, in, height, width]`.
+
+    Returns:
+        `[n * positions, in * height * width]`, one row for every window, padding included.
+    """
+    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+    padded = functional.pad(x, conv._reversed_padding_repeated_twice, mode=mode)
+    size, dilation, stride = ((int(a), int(b)) for a, b in (conv.kernel_size, conv.dilation, conv.stride))
+    return functional.unfold(padded, size, dilation, 0, stride).transpose(1, 2).flatten(0, 1)
 
 
 def expert_middle(module: nn.Module, expert: int, rows: Tensor) -> Tensor:
     """Return what expert `expert`'s down projection reads for `rows` `[tokens, hidden]`: `[tokens, intermediate]`.
 
     Raises:
-        UnsupportedError: The stack's layout is not the standard one (gate and up stacked by rows, no bias).
+        UnsupportedError: The stack does not say how it is stored.
     """
-    odd = [
-        flag
-        for flag, normal in (
-            ("is_transposed", False),
-            ("is_concatenated", True),
-            ("has_bias", False),
-            ("has_gate", True),
-        )
-        if getattr(module, flag, normal) is not normal
-    ]
-    gate: Any = getattr(module, "_apply_gate", None)
-    if odd or gate is None:
-        raise UnsupportedError(
-            f"{type(module).__name__}: expert layout {odd or 'without _apply_gate'} is not supported yet",
-            "use a data-free method such as rtn",
-        )
-    stacked: Tensor = module.get_parameter("gate_up_proj")
-    middle: Tensor = gate(rows @ stacked[expert].T)
-    return middle.detach()
+    layout = stack_layout(module)
+    leaf = layout.leaf("up")
+    weight = module.get_parameter(leaf)[expert]  # [out, in], or turned
+    bias = expert_bias(module, leaf, expert)
+    both = rows @ (weight if layout.transposed else weight.T)
+    return gated_middle(module, both if bias is None else both + bias).detach()

@@ -22,7 +22,7 @@ Expert = tuple[str, int]
 """Module name of a stack, and an index into it."""
 
 Router = Callable[[Tensor], Tensor]
-"""`[tokens, hidden]` -> logits `[tokens, experts]`."""
+"""`[tokens, hidden]` -> how much of every token it would give to each expert, `[tokens, experts]`."""
 
 
 @dataclass
@@ -64,9 +64,19 @@ class Coverage:
             for expert, tokens in coverage.routed.items():
                 self.routed[expert] = self.routed.get(expert, 0) + tokens
 
+    def add(self, other: Coverage) -> None:
+        """Take over the counts of other experts of the same block."""
+        for mine, theirs in zip(self._counts, other._counts, strict=True):
+            mine.update(theirs)
+        self.top_k |= other.top_k
+
+    @property
+    def _counts(self) -> tuple[dict[Expert, int], ...]:
+        return self.routed, self.reserve, self.forced
+
     def total(self, expert: Expert) -> int:
         """Return the tokens an expert has from all sources."""
-        return sum(counts.get(expert, 0) for counts in (self.routed, self.reserve, self.forced))
+        return sum(counts.get(expert, 0) for counts in self._counts)
 
     def lacking(self) -> dict[Expert, int]:
         """Return the experts below the minimum and how many tokens each of them lacks."""
@@ -84,6 +94,18 @@ class Coverage:
                 "and no more can be sent there",
                 "raise --n-samples or --seq-len, or lower --min-expert-tokens",
             )
+
+    def short_of(self, wanted: int, method: str) -> list[str]:
+        """Return a sentence for every stack with experts that a method learns from fewer tokens than are wanted."""
+        stacks: dict[str, list[str]] = {}
+        for (stack, expert), n in sorted(self.routed.items()):
+            if n < wanted:
+                stacks.setdefault(stack, []).append(f"{expert} ({n})")
+        return [
+            f"{stack}: fewer than {wanted} calibration tokens are sent to some experts, and {method} learns from no "
+            f"others, expert (tokens): {', '.join(experts)}"
+            for stack, experts in stacks.items()
+        ]
 
     def events(self) -> list[str]:
         """Return a sentence for every stack and way in which experts were topped up."""
@@ -149,7 +171,7 @@ class ForcedRouting:
     def _hook(self, stack: str) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
             hidden, indices = args[0].detach(), args[1]
-            shares = self._routers[stack](hidden).float().softmax(-1)  # [tokens, experts]
+            shares = self._routers[stack](hidden)  # [tokens, experts]
             for (name, expert), lack in self._lacking.items():
                 if name != stack:
                     continue

@@ -15,15 +15,17 @@ from torch import Tensor
 
 from compressor import __version__
 from compressor import output as output_files
-from compressor.bits import MENU, BitChooser, Bits
+from compressor.bits import MENU, RULED_MENU, BitChooser, Bits
 from compressor.calibration.dataset import CalibrationSet, Generate, build, fingerprint
 from compressor.checkpoint.blocks import BlockSequence
 from compressor.checkpoint.export import copy_side_files, result_config
+from compressor.checkpoint.fused_experts import rejoined, split_experts
 from compressor.checkpoint.resolve import resolve_model
 from compressor.checkpoint.sink import WORK, save_tensors, write_json
 from compressor.checkpoint.skeleton import Skeleton, quiet
 from compressor.checkpoint.source import Source
 from compressor.engine import Engine
+from compressor.engine.memory import parse_memory
 from compressor.environment import load_tokenizer, pick_device, versions
 from compressor.errors import CheckpointError, RecipeError, UnsupportedError
 from compressor.formats import get_format, parse_group_size
@@ -32,6 +34,7 @@ from compressor.formats.pruned import PRUNED
 from compressor.methods.base import Method, RouterMethod, Stream
 from compressor.plan import Kind, Plan, digest
 from compressor.planner import make_plan
+from compressor.priorities import Stage, parse_stages
 from compressor.process import peak_rss
 from compressor.pruning import get_method
 from compressor.pruning.base import PruneOptions
@@ -41,6 +44,10 @@ from compressor.recipe import CalibrationSpec, Override, Recipe
 from compressor.report import Progress, Row, RunReport, Silent
 from compressor.unit import Unit
 from compressor.verify import confirm
+from compressor.vision.calibration import calibration_images
+
+GENERATED_AT_ONCE = 8
+"""Samples the model writes side by side for `--data self`: much faster than one by one, and the cache stays small."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +82,11 @@ def quantize(
     attention: str | None = None,
     target_bits: float | None = None,
     menu: Sequence[str] = (),
+    bits_by: str = "measured",
     options: Mapping[str, Any] | None = None,
     seed: int = 0,
     device: str = "auto",
+    max_memory: str | None = None,
     force: bool = False,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
@@ -104,10 +113,12 @@ def quantize(
         kv_cache: Store scales for an FP8 key/value cache.
         attention: Floats (`"fpq4"`, `"fpq6"`, `"fpq8"`) that queries, keys, probabilities and values are rounded to.
         target_bits: Choose every layer's format so that so many bits are stored per weight; see `docs/moe.md`.
-        menu: Formats to choose from; none for int2, int3, int4, int6 and int8.
+        menu: Formats to choose from; none for int2, int3, int4, int6 and int8 (by rule: int2 and int4).
+        bits_by: `measured`, or rules in order: `attention`, `shared`, `first`, `outliers`, `importance`.
         options: Options of the method.
         seed: Seed of everything random.
         device: `auto`, `cpu`, `cuda`, ...
+        max_memory: What may be resident while blocks are compressed (`"6GB"`); experts are taken some at a time for it.
         force: Overwrite an earlier result.
         trust_remote_code: Run model code that comes with the checkpoint, where transformers has none of its own.
         allow_pickle: Read a folder of pickled weights, as plain tensors; no code in them is run.
@@ -138,11 +149,15 @@ def quantize(
         allow_pickle=allow_pickle,
     )
     out = Path(output) if output is not None else None
+    most = None if max_memory is None else parse_memory(max_memory)
     if target_bits is None:
         job = prepare(recipe, out, device=device, force=force)
     else:
-        job, _ = prepare_bits(recipe, target_bits, menu, out, device=device, force=force, progress=progress)
-    return execute(job, force=force, progress=progress or Silent())
+        stages = parse_stages(bits_by)
+        job, _ = prepare_bits(
+            recipe, target_bits, menu, out, device=device, force=force, progress=progress, stages=stages
+        )
+    return execute(job, force=force, progress=progress or Silent(), max_memory=most)
 
 
 def needs_data(method: Method, recipe: Recipe) -> bool:
@@ -191,8 +206,11 @@ def prepare(
             output_files.check_output(out, force)
     source = Source.open(path, recipe.model, revision)
     skeleton = Skeleton.build(path, pick_device(device), recipe.trust_remote_code)
+    if not isinstance(getattr(method, "options", None), PruneOptions):  # pruned weights stay in the files they are in
+        source = split_experts(source, skeleton)
     blocks = BlockSequence.find(skeleton.model)
     plan = make_plan(recipe, source, skeleton, blocks)
+    source = rejoined(source, [layer.ref.name for layer in plan.layers])
     resolved = recipe.model_copy(update={"format": plan.format, "inputs": plan.inputs})
     if out is None:
         out = default_output(resolved, label or plan.format)
@@ -229,6 +247,7 @@ def prepare_bits(
     device: str = "auto",
     force: bool = False,
     progress: Progress | None = None,
+    stages: Sequence[Stage] = (),
 ) -> tuple[Job, Bits]:
     """Choose every layer's format for a wished number of bits, and plan the run with them.
 
@@ -242,6 +261,7 @@ def prepare_bits(
         device: As `prepare`.
         force: As `prepare`.
         progress: Who is told how far it is.
+        stages: Rules that say which layers get more bits first; none: every choice is measured.
 
     Raises:
         CompressorError: As `prepare`; or the target cannot be met.
@@ -259,14 +279,23 @@ def prepare_bits(
     progress.stage("reading calibration data")
     tokens = calibrate(job).tokens
     parts = (job.plan, job.source, job.skeleton, job.blocks, job.method, recipe)
-    bits = BitChooser(*parts, tuple(menu) or MENU, tokens, progress).choose(target)
+    usual = RULED_MENU if stages else MENU
+    bits = BitChooser(*parts, tuple(menu) or usual, tokens, progress).choose(target, stages)
     chosen = recipe.model_copy(update={"overrides": (*bits.overrides, *recipe.overrides)})
     job = prepare(chosen, out, device=device, force=force, label=label)
     return replace(job, plan=replace(job.plan, notes=(bits.sentence(), *job.plan.notes))), bits
 
 
-def execute(job: Job, *, force: bool = False, progress: Progress | None = None) -> RunReport:
+def execute(
+    job: Job, *, force: bool = False, progress: Progress | None = None, max_memory: float | None = None
+) -> RunReport:
     """Run a planned job: calibrate, compress, write, verify.
+
+    Args:
+        job: What `prepare` returned.
+        force: Overwrite an earlier result.
+        progress: Who is told how far it is.
+        max_memory: Bytes that may be resident while blocks are compressed; None for no bound. Results are the same.
 
     Raises:
         CompressorError: See `compressor.errors`; finished units are kept for the next run where that makes sense.
@@ -292,7 +321,7 @@ def execute(job: Job, *, force: bool = False, progress: Progress | None = None) 
         claim = output_files.claimed(job.out, parts, plan.digest, force)
     with claim:
         output_files.check_seen_by_all(job.out, ranks)
-        engine = _engine(job, plan, calibration, progress, ranks)
+        engine = _engine(job, plan, calibration, progress, ranks, max_memory)
         resumed_at = len(engine.journal.read()) if ranks.leads else 0
         units = engine.run()
         peaks = ranks.gather(peak_rss())
@@ -323,13 +352,21 @@ def _check_same(job: Job, ranks: Ranks) -> None:
                 )
 
 
-def _engine(job: Job, plan: Plan, calibration: CalibrationSet | None, progress: Progress, ranks: Ranks) -> Engine:
+def _engine(
+    job: Job,
+    plan: Plan,
+    calibration: CalibrationSet | None,
+    progress: Progress,
+    ranks: Ranks,
+    max_memory: float | None,
+) -> Engine:
     tokens = None if calibration is None else calibration.tokens
     reserve = None if calibration is None else calibration.reserve
     return Engine(
         *(plan, job.source, job.skeleton, job.blocks, job.method, tokens, job.out, job.recipe.seed, progress, reserve),
         min_expert_tokens=expert_tokens(job),
         ranks=ranks,
+        max_memory=max_memory,
     )
 
 
@@ -380,6 +417,8 @@ def calibrate(job: Job) -> CalibrationSet:
     Raises:
         CompressorError: Before any work: unreadable, too little, or not this model's vocabulary.
     """
+    if job.skeleton.model.main_input_name == "pixel_values":
+        return calibration_images(job.recipe.calibration, job.source.path, job.skeleton.model.config, job.recipe.seed)
     tokenizer = load_tokenizer(job.source.path, job.recipe.trust_remote_code)
     vocab_size = job.skeleton.model.config.get_text_config().vocab_size
     reserve = job.recipe.calibration.n_samples if expert_tokens(job) else 0
@@ -414,11 +453,11 @@ def _generator(job: Job) -> Generate:
         start = torch.randint(0, vocab_size, (n_samples, 1))
         rows = []
         with torch.no_grad(), quiet():
-            for sample in range(n_samples):
+            for first in start.split(GENERATED_AT_ONCE):  # [at most GENERATED_AT_ONCE, 1]
                 # Sampled, not greedy: greedy text of small models repeats itself.
                 out = model.generate(
-                    start[sample : sample + 1],
-                    attention_mask=torch.ones(1, 1, dtype=torch.long),
+                    first,
+                    attention_mask=torch.ones_like(first),
                     do_sample=True,
                     top_k=0,
                     max_new_tokens=seq_len,
@@ -426,8 +465,8 @@ def _generator(job: Job) -> Generate:
                     pad_token_id=0,
                     use_cache=True,
                 )
-                rows.append(out[0, 1:])
-        return torch.stack(rows)
+                rows.append(out[:, 1:])
+        return torch.cat(rows)
 
     return generate
 

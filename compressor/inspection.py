@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compressor.checkpoint.fused_experts import split_experts
+from compressor.checkpoint.skeleton import Skeleton
 from compressor.checkpoint.source import Source, read_json
 from compressor.errors import RecipeError
 from compressor.formats.base import PackedTensor, QParams, QuantFormat, ScaledFormat, bits_per_weight, grouped
@@ -126,7 +128,7 @@ def inspect_checkpoint(
     source, schemes = open_checkpoint(path)
     names = _chosen(sorted(packed_modules(source), key=_natural), patterns, path)
     errors = _reported(path)
-    before = None if original is None else Source.open(original)
+    before = None if original is None else _expert_by_expert(original, names)
     drawn = {names[0], names[len(names) // 2], names[-1]}
     layers, drawings = [], []
     for name, fmt, packed in _read(source, schemes, names):
@@ -153,6 +155,14 @@ def inspect_checkpoint(
             w = None if before is None else before.read([f"{name}.weight"])[f"{name}.weight"].float()
             drawings.append(draw(name, kind, fmt, *fmt.unpack(packed), w, bins))
     return Inspection(str(path), tuple(layers), tuple(drawings))
+
+
+def _expert_by_expert(original: Path, names: Sequence[str]) -> Source:
+    """Open the original, with stacks of experts taken apart if modules are named that it does not have as such."""
+    source = Source.open(original)
+    if all(f"{name}.weight" in source.tensors for name in names):
+        return source
+    return split_experts(source, Skeleton.build(original))
 
 
 def draw(

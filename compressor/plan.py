@@ -38,16 +38,22 @@ class Where:
     Attributes:
         expert: Index into the first dimension of a fused expert stack; None when the tensor is the whole parameter.
         rows: `[start, stop)` along the first remaining dimension; None for all rows.
+        step: Every how many-th of these rows it is.
+        transposed: Whether an expert's matrix lies transposed in the parameter; rows count after turning it.
     """
 
     expert: int | None = None
     rows: tuple[int, int] | None = None
+    step: int = 1
+    transposed: bool = False
 
     def of(self, param: Any) -> Any:
         """Return the view of `param` (a tensor) this describes."""
         if self.expert is not None:
             param = param[self.expert]
-        return param if self.rows is None else param[self.rows[0] : self.rows[1]]
+        if self.transposed:
+            param = param.T
+        return param if self.rows is None else param[self.rows[0] : self.rows[1] : self.step]
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,8 @@ class WeightRef:
         fed_by: Weights with the same id read the same input tensor: they share statistics.
         fused_with: Weights with the same id are fused by runtimes: they share scheme and global scale.
         part: The part of a multimodal model, beside its language model, that it belongs to; else None.
+        split: Whether the source stores it inside a stack of experts, so that its name on disk is one of ours.
+        conv_groups: Groups of a convolution, each of which reads channels of its own; 1 for everything else.
     """
 
     name: str
@@ -79,6 +87,8 @@ class WeightRef:
     fed_by: str
     fused_with: str
     part: str | None = None
+    split: bool = False
+    conv_groups: int = 1
 
     @property
     def module(self) -> str:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from compressor.checkpoint.blocks import BlockSequence
 from compressor.checkpoint.folds import Found, find_folds
+from compressor.checkpoint.fused_experts import stack_of
 from compressor.checkpoint.skeleton import Skeleton
 from compressor.checkpoint.source import DTYPES, Source
 from compressor.errors import RecipeError, UnsupportedError
@@ -24,9 +25,9 @@ from compressor.formats import BUILDERS, FIXED_GROUP, get_format, parse_group_si
 from compressor.formats.activations import get_attention_format
 from compressor.formats.base import QuantFormat, group_setting
 from compressor.input_plan import input_notes, plan_inputs, scales_inputs, stored_as, with_inputs
-from compressor.methods.base import Method, RouterMethod, Stream
+from compressor.methods.base import Method, RouterMethod
 from compressor.methods.scaling import FoldingMethod
-from compressor.plan import OUTSIDE, ActivationSite, Fold, FoldKind, Kind, LayerPlan, Operand, Plan, WeightRef
+from compressor.plan import OUTSIDE, ActivationSite, Fold, FoldKind, Kind, LayerPlan, Operand, Plan, WeightRef, Where
 from compressor.pruning import get_method
 from compressor.pruning.view import SearchMethod
 from compressor.readers import check_experts, check_fused, check_kv_cache, reader_notes
@@ -82,6 +83,7 @@ def make_plan(recipe: Recipe, source: Source, skeleton: Skeleton, blocks: BlockS
     refs.sort(key=lambda ref: (ref.block if ref.block != OUTSIDE else len(blocks.names), natural_key(ref.name)))
     overrides = match_overrides(recipe.overrides, refs, skeleton.model.all_tied_weights_keys)
     layers = [plan_layer(ref, source, method, fmt, overrides.get(ref.name), recipe) for ref in refs]
+    layers = rejoin_stacks(layers, source)
     if not any(layer.format for layer in layers):
         raise nothing_to_compress(layers)
     found = plan_folds(method, layers, blocks, has_kv_cache=recipe.kv_cache is not None)
@@ -132,9 +134,7 @@ def plan_layer(
     assert ref.matrix is not None
     fmt, by_flag = default, recipe.group_size is not None
     if ref.kind is Kind.CONV:
-        if method.stream is not Stream.NONE or recipe.inputs is not None:
-            why = f"convolution: only methods that look at no data compress it, and {method.name} does"
-            why = why if recipe.inputs is None else "convolution: its inputs cannot be rounded"
+        if why := convolution_stays(ref, method, fmt, recipe):
             return LayerPlan(ref, None, None, before, before, why)
         if not by_flag and fmt.name not in FIXED_GROUP:  # windows of 3 x 3 do not divide into usual groups
             fmt = get_format(fmt.name, None, DTYPES[source.dtype])
@@ -145,6 +145,32 @@ def plan_layer(
     check_possible(ref, method, fmt, by_flag)
     after = sum(slot.nbytes for slot in fmt.layout(ref.matrix).values())
     return LayerPlan(ref, fmt.name, group_setting(fmt), before, after, None)
+
+
+def rejoin_stacks(layers: list[LayerPlan], source: Source) -> list[LayerPlan]:
+    """Return the layers with experts that all stay dense as the one tensor they are stored in."""
+    compressed = {layer.ref.owner for layer in layers if layer.ref.split and layer.format}
+    out: dict[str, LayerPlan] = {}
+    for layer in layers:
+        ref, stack = layer.ref, stack_of(source, layer.ref.name)
+        if stack is None or ref.owner in compressed:
+            out[ref.name] = layer
+            continue
+        whole = replace(ref, name=stack.name, where=Where(), shape=stack.shape, matrix=None, split=False)
+        whole = replace(whole, fused_with=stack.name)
+        out.setdefault(stack.name, LayerPlan(whole, None, None, stack.nbytes, stack.nbytes, layer.kept_because))
+    return list(out.values())
+
+
+def convolution_stays(ref: WeightRef, method: Method, fmt: QuantFormat, recipe: Recipe) -> str | None:
+    """Return why a convolution stays dense under this method, or None."""
+    if recipe.inputs is not None:
+        return "convolution: its inputs cannot be rounded"
+    if isinstance(method, FoldingMethod):
+        return f"convolution: {method.name} moves factors between norms and linear layers only"
+    if ref.conv_groups > 1 and method.stats(fmt):
+        return f"convolution: its {ref.conv_groups} groups read channels of their own; {method.name} wants statistics"
+    return None
 
 
 def plan_outside(ref: WeightRef, override: Override, before: int, dtype: torch.dtype) -> LayerPlan:

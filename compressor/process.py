@@ -8,6 +8,8 @@ import resource
 import sys
 from pathlib import Path
 
+import psutil  # type: ignore[import-untyped]
+
 
 def peak_rss() -> int:
     """Return the peak resident memory of this process, in bytes.
@@ -21,6 +23,11 @@ def peak_rss() -> int:
                 return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def rss() -> int:
+    """Return the resident memory of this process, in bytes."""
+    return int(psutil.Process().memory_info().rss)
 
 
 def release_memory() -> None:

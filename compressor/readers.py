@@ -92,6 +92,11 @@ def scheme_of(layer: LayerPlan) -> str:
 
 def reader_notes(layers: list[LayerPlan]) -> tuple[str, ...]:
     """Return what users of stock transformers must know; `tests/e2e/test_load_matrix.py` is the proof."""
+    if any(layer.ref.split and layer.format for layer in layers):
+        return (
+            "experts that are one tensor in the source are stored one by one, which compressor.load alone reads; "
+            "stock transformers raises",
+        )
     if mixes_experts(layers):
         return ("experts of different layers have different formats, which compressor.load alone reads",)
     experts = {layer.format for layer in layers if layer.ref.kind is Kind.EXPERT}

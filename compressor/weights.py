@@ -31,7 +31,8 @@ def make_ref(info: TensorInfo, target: Target, skeleton: Skeleton, blocks: Block
         matrix = (info.shape[0], info.shape[1])
     elif kind is Kind.CONV:
         matrix = (info.shape[0], math.prod(info.shape[1:]))
-    fed_by = trace.reads.get(module_name, module_name)
+    # Convolutions that read one tensor see different windows of it.
+    fed_by = module_name if kind is Kind.CONV else trace.reads.get(module_name, module_name)
     if kind is Kind.EXPERT and target.where.expert is not None:
         side = "mid" if param.endswith("down_proj") else "in"
         fed_by = f"{module_name}#{target.where.expert}.{side}"
@@ -47,7 +48,13 @@ def make_ref(info: TensorInfo, target: Target, skeleton: Skeleton, blocks: Block
         fed_by=fed_by,
         fused_with=fused_id(info.name),
         part=None if target.param is None else blocks.beside(param),
+        split=target.split,
+        conv_groups=_conv_groups(skeleton.model.get_submodule(module_name)),
     )
+
+
+def _conv_groups(module: nn.Module) -> int:
+    return module.groups if isinstance(module, nn.Conv2d) else 1
 
 
 def kind_of(param: str, info: TensorInfo, target: Target, skeleton: Skeleton, trace: Trace) -> Kind:
@@ -92,7 +99,7 @@ def reason_to_keep(ref: WeightRef) -> str | None:
     if ref.kind is Kind.OTHER:
         return "not a matrix of a linear layer (norm, bias, table or buffer)"
     if ref.kind is Kind.EXPERT and ref.matrix is None:
-        return "fused expert stack: stored as one 3-D tensor, which readers of the target container do not accept"
+        return "fused expert stack: stored as one 3-D tensor, and not to be split into experts"
     if ref.block == OUTSIDE:
         return "outside the blocks (output head or projection): readers expect it dense"
     return None

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from compressor.checkpoint.blocks import is_expert_stack
+from compressor.calibration.routers import router_logits, routing_rule
 from compressor.errors import RecipeError
 from compressor.evals.perplexity import Text
 from compressor.evals.results import Estimate, TaskResult
 from compressor.runtime import PackedExperts
+from compressor.stacks import is_expert_stack
 
 VERSION = "1"
 
@@ -68,7 +68,9 @@ class RouterWatch:
                 "compare a compressed model with the model it was made from",
             )
         self._sides = (ours, theirs)
-        self._logits: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+        around = {name: baseline.get_submodule(name.rpartition(".")[0]) for name in theirs}
+        self._rules = {name: routing_rule(router, around[name]) for name, (_, router) in theirs.items()}
+        self._shares: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})  # logarithms
         self._chosen: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
         self._load: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
         self._parts: list[tuple[Tensor, Tensor]] = []
@@ -91,13 +93,10 @@ class RouterWatch:
                 handle.remove()
 
     def _hook(self, side: int, name: str, router: nn.Module) -> Any:
-        weight = router.get_parameter("weight")
-        bias = dict(router.named_parameters(recurse=False)).get("bias")
-
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden, indices = (*args, *kwargs.values())[:2]
-            logits = functional.linear(hidden.float(), weight.float(), None if bias is None else bias.float())
-            self._logits[side][name], self._chosen[side][name] = logits.cpu(), indices.cpu()
+            shares = self._rules[name].log_shares(router_logits(router, hidden))
+            self._shares[side][name], self._chosen[side][name] = shares.cpu(), indices.cpu()
 
         return hook
 
@@ -107,7 +106,7 @@ class RouterWatch:
         for name in self._sides[0]:
             ours, theirs = self._chosen[0][name], self._chosen[1][name]
             agreements.append((ours.unsqueeze(-1) == theirs.unsqueeze(-2)).any(-1).double().mean(-1)[:-1])
-            p, q = self._logits[1][name].log_softmax(-1), self._logits[0][name].log_softmax(-1)
+            p, q = self._shares[1][name], self._shares[0][name]
             divergences.append((p.exp() * (p - q)).sum(-1, dtype=torch.float64).clamp(min=0)[:-1])
             for side, chosen in enumerate((ours, theirs)):
                 counts = chosen.flatten().bincount(minlength=p.shape[-1])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
@@ -17,9 +17,13 @@ from torch import Tensor
 
 from compressor.errors import RecipeError, UnsupportedError
 from compressor.formats.base import PackedTensor, QuantFormat, group_setting
+from compressor.inputs import InputOp
 from compressor.kernels.cpu import kernel as cpu
 from compressor.kernels.cpu import table
+from compressor.kernels.gpu import fp8, int_kernel, rounding
 from compressor.kernels.gpu import kernel as triton
+from compressor.kernels.gpu.fp8 import Fp8Linear
+from compressor.kernels.gpu.int_kernel import RoundedLinear
 from compressor.kernels.reference.linear import packed_linear
 
 ENV = "COMPRESS_KERNEL"
@@ -41,6 +45,7 @@ class Problem:
         device: Device type, `cpu` or `cuda`.
         capability: CUDA compute capability; (0, 0) elsewhere.
         scale: Dtype of the stored scales, of formats that leave a choice.
+        rounds: What activations are rounded to, if a kernel may do that itself: `int`, `fp8`, or empty.
     """
 
     op: str
@@ -53,6 +58,7 @@ class Problem:
     device: str
     capability: tuple[int, int] = (0, 0)
     scale: torch.dtype | None = None
+    rounds: str = ""
 
 
 class Prepared(Protocol):
@@ -85,12 +91,14 @@ class Kernel:
         accepts: Returns None for a problem it can do, else the reason it refuses.
         run: `(x, packed, fmt, bias, dtype) -> Tensor`, as `kernels.reference.linear.packed_linear`.
         prepare: Lays a weight out for this kernel; None if it reads weights as they lie on disk.
+        prepare_rounded: The same of kernels that also do what happens to the inputs.
     """
 
     name: str
     accepts: Callable[[Problem], str | None]
     run: Callable[[Tensor, PackedTensor, QuantFormat, Tensor | None, torch.dtype], Tensor]
     prepare: Callable[[PackedTensor, QuantFormat], Prepared] | None = None
+    prepare_rounded: Callable[[PackedTensor, QuantFormat, Sequence[InputOp]], RoundedLinear | Fp8Linear] | None = None
 
 
 def _accepts_all(problem: Problem) -> str | None:
@@ -98,7 +106,9 @@ def _accepts_all(problem: Problem) -> str | None:
 
 
 KERNELS: tuple[Kernel, ...] = (
-    Kernel("triton", triton.accepts, triton.run, triton.prepare),
+    Kernel("triton-int", int_kernel.accepts, int_kernel.run, prepare_rounded=int_kernel.prepare),
+    Kernel("torch-fp8", fp8.accepts, int_kernel.run, prepare_rounded=fp8.prepare),
+    Kernel(triton.TRITON, triton.accepts, triton.run, triton.prepare),
     Kernel("cpu-packed", cpu.accepts_few, cpu.run, cpu.prepare),
     Kernel("cpu-decode", cpu.accepts, cpu.run_decoded, cpu.prepare_decoded),
     Kernel("cpu-table", table.accepts, table.run, table.prepare),
@@ -137,23 +147,42 @@ def explain(problem: Problem) -> tuple[tuple[str, str | None], ...]:
     return tuple((kernel.name, kernel.accepts(problem)) for kernel in KERNELS)
 
 
-def linear_problem(packed: PackedTensor, fmt: QuantFormat, m: int, dtype: torch.dtype, device: torch.device) -> Problem:
-    """Describe multiplying `[m, in]` activations by a packed weight."""
+def linear_problem(
+    packed: PackedTensor,
+    fmt: QuantFormat,
+    m: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    inputs: Sequence[InputOp] = (),
+) -> Problem:
+    """Describe multiplying `[m, in]` activations, which `inputs` have not treated yet, by a packed weight."""
     n, k = packed.shape
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     group = n * k if group_setting(fmt) == "tensor" else fmt.group_size or 0
     scale = getattr(fmt, "dtype", None)
-    return Problem("linear", packed.format, m, n, k, group, dtype, device.type, capability, scale)
+    rounds = rounding.kind_of(inputs)
+    return Problem("linear", packed.format, m, n, k, group, dtype, device.type, capability, scale, rounds)
 
 
-def prepare(packed: PackedTensor, fmt: QuantFormat, dtype: torch.dtype) -> Prepared | None:
+def prepare(
+    packed: PackedTensor, fmt: QuantFormat, dtype: torch.dtype, inputs: Sequence[InputOp] = ()
+) -> Prepared | None:
     """Lay a weight out for the kernel that will multiply it by single rows of `dtype` on the device it is on.
 
+    Args:
+        packed: The weight.
+        fmt: Its format.
+        dtype: The model's.
+        inputs: What happens to inputs before.
+
     Returns:
-        None if that kernel reads weights as they lie on disk.
+        None if that kernel reads weights as they lie on disk. A `RoundedLinear` or `Fp8Linear` wants inputs that are
+        not treated yet.
     """
     device = next(iter(packed.tensors.values())).device
-    kernel = pick(linear_problem(packed, fmt, 1, dtype, device))
+    kernel = pick(linear_problem(packed, fmt, 1, dtype, device, inputs))
+    if kernel.prepare_rounded is not None:
+        return kernel.prepare_rounded(packed, fmt, inputs)
     return None if kernel.prepare is None else kernel.prepare(packed, fmt)
 
 

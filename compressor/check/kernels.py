@@ -10,8 +10,9 @@ import torch
 
 from compressor.check.checkpoint import Checkpoint
 from compressor.errors import CompressorError
+from compressor.formats.activations import input_format_from
 from compressor.kernels import dispatch
-from compressor.runtime.swap import empty_packed
+from compressor.runtime.swap import empty_inputs, empty_packed
 
 ROWS = (1, 512)
 """Rows of activations to ask for: one token at a time, and a prompt."""
@@ -73,9 +74,12 @@ def _answers(
     try:
         fmt = module.scheme.format(checkpoint.dtype)
         packed = empty_packed(fmt, module.shape)
+        stored = module.scheme.inputs
+        steps = module.scheme.steps if stored is None else (input_format_from(stored).describe(),)
+        inputs = empty_inputs(steps, module.shape, dtype)
         found: list[tuple[list[int], str, dict[str, str]]] = []
         for m in ROWS:
-            problem = dispatch.linear_problem(packed, fmt, m, dtype, device)
+            problem = dispatch.linear_problem(packed, fmt, m, dtype, device, inputs)
             kernel = dispatch.pick(problem).name
             reasons = {other: why or f"{kernel} is tried first" for other, why in dispatch.explain(problem)}
             reasons.pop(kernel, None)

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from compressor.checkpoint.blocks import BlockSequence, Trace, is_expert_stack
+from compressor.checkpoint.blocks import BlockSequence, Trace
 from compressor.checkpoint.skeleton import Skeleton, Target
 from compressor.checkpoint.source import TensorInfo
 from compressor.errors import UnsupportedError
 from compressor.plan import Kind
+from compressor.stacks import is_expert_stack
 from compressor.weights import kind_of
 
 

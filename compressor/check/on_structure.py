@@ -11,6 +11,7 @@ from compressor.check.groups import LINEAR
 from compressor.check.model import Model
 from compressor.errors import CompressorError
 from compressor.plan import Kind
+from compressor.stacks import BIASES
 from compressor.weights import fused_id
 
 _EXPERT = re.compile(r"(.*)\.(\d+)\.([^.]+)")
@@ -110,7 +111,7 @@ def experts(checkpoint: Checkpoint) -> Iterator[Finding]:
     schemes: dict[str, dict[str, str]] = {}
     for name in model.targets:
         stack, found = model.stack_of(name), _EXPERT.fullmatch(name.removesuffix(".weight"))
-        if stack is None:
+        if stack is None or name.endswith(BIASES):
             continue
         module = name.removesuffix(".weight")
         schemes.setdefault(stack, {}).setdefault(stored_as(checkpoint, module), module)

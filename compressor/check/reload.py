@@ -286,7 +286,8 @@ def _round_inputs(skeleton: Skeleton, folder: Path, targets: Mapping[str, Target
 def _native_source(folder: Path, config: dict[str, Any], section: dict[str, Any], skeleton: Skeleton) -> Source:
     stored = read_headers(folder)
     schemes = NativeSchemes.parse(section)
-    rows = {f"{module}.weight": (stored[f"{module}.weight_packed"].shape[0], 1) for module in schemes.modules}
+    codes = {module: stored.get(f"{module}.weight_packed") or stored[f"{module}.weight"] for module in schemes.modules}
+    rows = {f"{module}.weight": (info.shape[0], 1) for module, info in codes.items()}
     targets = skeleton.targets(rows)
     expected = skeleton.model.state_dict(keep_vars=True)
     decoders = {}

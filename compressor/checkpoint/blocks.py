@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from compressor.checkpoint.skeleton import META, quiet
 from compressor.errors import UnsupportedError
+from compressor.stacks import is_expert_stack
 
 WHOLE = ""
 """Name of the single block of a model that is treated as one unit."""
@@ -319,13 +320,6 @@ def language_model(model: nn.Module) -> str | None:
         if name and isinstance(module, PreTrainedModel) and module.config is text
     ]
     return names[0] if names else None
-
-
-def is_expert_stack(module: nn.Module) -> bool:
-    """Return whether a module holds fused experts: 3-D `down_proj` and `gate_up_proj` (or `up_proj`) parameters."""
-    params = dict(module.named_parameters(recurse=False))
-    stacked = {name for name, param in params.items() if param.ndim == 3}
-    return "down_proj" in stacked and bool(stacked & {"gate_up_proj", "up_proj"})
 
 
 def example_inputs(

@@ -62,8 +62,11 @@ def result_config(source: dict[str, Any], plan: Plan, format_of: FormatOf, model
 
 
 def is_native(plan: Plan, format_of: FormatOf) -> bool:
-    """Return whether something has no place in compressed-tensors: format, inputs, attention, convolution, table."""
-    if any(layer.ref.kind in (Kind.CONV, Kind.EMBEDDING) for layer in plan.compressed):
+    """Return whether something has no place in compressed-tensors: format, inputs, attention, convolution, table.
+
+    Nor have experts that were one tensor on disk: stock transformers looks for no others.
+    """
+    if any(layer.ref.split or layer.ref.kind in (Kind.CONV, Kind.EMBEDDING) for layer in plan.compressed):
         return True
     if len({(layer.format, layer.group_size, layer.inputs) for layer in plan.compressed if layer.ref.role}) > 1:
         return True  # readers choose one scheme for the experts of all layers
@@ -74,7 +77,7 @@ def is_native(plan: Plan, format_of: FormatOf) -> bool:
 
 def is_plain(steps: Sequence[dict[str, object]]) -> bool:
     """Return whether compressed-tensors can say what happens to an input: nothing, or rounding to a format it has."""
-    known = [fmt.describe() for fmt in INPUT_FORMATS.values() if not fmt.searched]
+    known = [fmt.describe() for fmt in INPUT_FORMATS.values() if not fmt.native]
     return not steps or (len(steps) == 1 and steps[0] in known)
 
 

@@ -18,6 +18,7 @@ from torch import nn
 from compressor.checkpoint.blocks import BlockSequence
 from compressor.checkpoint.dataflow import DataFlow, Route
 from compressor.plan import Fold, FoldKind, Kind, LayerPlan, Where
+from compressor.stacks import refuse_stack, stack_layout
 
 NOTHING_IN_FRONT = "its inputs do not come channel by channel from a norm or a linear layer of its block"
 _TOLERANCE = 1e-5
@@ -102,18 +103,21 @@ def norm_offset(module: nn.Module) -> float | None:
 
 
 def gate_is_linear(stack: Any) -> bool:
-    """Return whether what a stack's down projection reads is proportional to what its up projection gives.
+    """Return whether what a stack's down projection reads is proportional to the product of up and its input.
+
+    It is not where biases are added in between.
 
     Args:
-        stack: A module of fused experts whose `_apply_gate` takes gate and up side by side.
+        stack: A module of fused experts.
     """
     gate = getattr(stack, "_apply_gate", None)
-    if gate is None:
+    if gate is None or refuse_stack(stack) or stack.has_bias:
         return False
+    layout = stack_layout(stack)
     generator = torch.Generator().manual_seed(0)
-    both = 3 * torch.randn(5, 16, dtype=torch.float64, generator=generator)
+    first, up = 3 * torch.randn(2, 5, 8, dtype=torch.float64, generator=generator)
     c = 0.5 + torch.rand(8, dtype=torch.float64, generator=generator)
-    scaled = torch.cat([both[:, :8], both[:, 8:] / c], -1)
+    both, scaled = layout.side_by_side(first, up), layout.side_by_side(first, up / c)
     try:
         with torch.no_grad():
             return torch.allclose(gate(both), gate(scaled) * c, rtol=_TOLERANCE, atol=_TOLERANCE)
@@ -197,9 +201,8 @@ class _Search:
         halves: dict[tuple[str, int | None], dict[str, LayerPlan]] = {}
         for layer in self.layers:
             if layer.ref.kind is Kind.EXPERT and layer.ref.where.expert is not None and layer.format:
-                stack, _, leaf = layer.ref.param.rpartition(".")
-                rows = layer.ref.where.rows
-                role = "down" if leaf == "down_proj" else "up" if rows and rows[0] > 0 else "gate"
+                stack = layer.ref.owner
+                role = str(layer.ref.role)
                 halves.setdefault((stack, layer.ref.where.expert), {})[role] = layer
                 if role != "down":
                     self.reasons[layer.ref.name] = "the router reads the same inputs and stays dense"

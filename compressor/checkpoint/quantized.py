@@ -1,8 +1,8 @@
 """Checkpoints that are quantized already, shown as the dense checkpoints they stand for.
 
-Read are compressed-tensors containers in every format of this package, and block FP8 as DeepSeek-V3 introduced it
-(arXiv 2412.19437, section 3.3): `weight` in FP8 times `weight_scale_inv`, which is a multiplier per block of rows and
-columns despite its name. Everything else is refused by name.
+Read are compressed-tensors containers in every format of this package, block FP8 as DeepSeek-V3 introduced it (arXiv
+2412.19437, section 3.3): `weight` in FP8 times `weight_scale_inv`, which is a multiplier per block of rows and columns
+despite its name, and the MXFP4 stacks of experts of GPT-OSS. Everything else is refused by name.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from compressor.checkpoint.cuts import CUTS
+from compressor.checkpoint.mxfp4_stacks import MXFP4Stack, mxfp4_stacks
 from compressor.checkpoint.source import DTYPE_NAMES, DTYPES, FLOATS, Source, TensorInfo, fits
 from compressor.errors import CheckpointError, UnsupportedError
 from compressor.formats.base import PackedTensor, QuantFormat
@@ -28,10 +29,12 @@ _ORIGINAL = "start from the full-precision checkpoint it was made from"
 _REFUSED: dict[str, str] = {
     "gptq": f"GPTQ packs codes transposed and in an order of its own; {_ORIGINAL}",
     "awq": f"AWQ packs codes in an order of its own; {_ORIGINAL}",
-    "mxfp4": f"its experts are stacks of 3-D blocks, which no container written here can hold; {_ORIGINAL}",
     "bitsandbytes": f"its packing is known to bitsandbytes alone; {_ORIGINAL}",
     "compressor": "start from the model that its compress_recipe.json names",
 }
+
+_DECODED = ("compressed-tensors", "fp8", "mxfp4")
+"""Quantizations that are undone here."""
 
 _FP8 = ("F8_E4M3", "F8_E5M2")
 _ACTIVATION_LEAVES = frozenset(
@@ -51,12 +54,14 @@ class PackedDecoder:
         fmt: How it is packed.
         shape: Of the matrix, `[out, in]`.
         window: What follows the filters in the weight's own shape; None for a matrix.
+        index: Of a stack; there are none.
     """
 
     module: str
     fmt: QuantFormat
     shape: tuple[int, int]
     window: tuple[int, ...] | None = None
+    index: None = None
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -88,11 +93,13 @@ class BlockDecoder:
         weight: Name of the FP8 tensor.
         scale: Name of the multipliers: `[ceil(out/rows), ceil(in/columns)]`, or one for the whole matrix.
         block: Rows and columns of a block; None for one scale.
+        index: Of a stack; there are none.
     """
 
     weight: str
     scale: str
     block: tuple[int, int] | None
+    index: None = None
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -127,7 +134,7 @@ def refuse_quantized(config: Mapping[str, Any], where: object) -> None:
         UnsupportedError: Names the method and says what to do.
     """
     section = quantization_of(config)
-    if section is None or section.get("quant_method") in ("compressed-tensors", "fp8") or _only_cut(section):
+    if section is None or section.get("quant_method") in _DECODED or _only_cut(section):
         return
     method = str(section.get("quant_method", "unknown"))
     raise UnsupportedError(
@@ -153,7 +160,11 @@ def dequantizing(source: Source) -> Source:
         return source
     refuse_quantized(source.config, source.path)
     method = section["quant_method"]
-    made = _block_fp8(source, section) if method == "fp8" else _compressed_tensors(source, section)
+    made: Made
+    if method == "mxfp4":
+        made = {name: (shape, stack, "MXFP4") for name, (shape, stack) in mxfp4_stacks(source).items()}
+    else:
+        made = _block_fp8(source, section) if method == "fp8" else _compressed_tensors(source, section)
     if not made:
         raise CheckpointError(
             f"{source.path}: config.json says quant_method {method!r}, but no tensor is stored that way",
@@ -178,7 +189,7 @@ def dequantizing(source: Source) -> Source:
     )
 
 
-Made = dict[str, tuple[tuple[int, ...], "PackedDecoder | BlockDecoder", str]]
+Made = dict[str, tuple[tuple[int, ...], "PackedDecoder | BlockDecoder | MXFP4Stack", str]]
 """Name of a dense tensor -> shape, how it is made, and the format it is stored in, in words."""
 
 

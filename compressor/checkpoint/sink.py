@@ -12,7 +12,7 @@ import json
 import os
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,6 +145,25 @@ class Sink:
                 digest.update(name.encode())
                 digest.update(file.read(place.slot.nbytes))
         return digest.hexdigest()
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Return tensors that have been written.
+
+        Raises:
+            ResourceError: They cannot be read.
+        """
+        out: dict[str, Tensor] = {}
+        for name in names:
+            place = self.places[name]
+            data = bytearray(place.slot.nbytes)
+            try:
+                with self._path(place.shard).open("rb") as file:
+                    file.seek(place.offset)
+                    file.readinto(data)
+            except OSError as error:
+                raise disk_error(error, self.out) from error
+            out[name] = torch.frombuffer(data, dtype=torch.uint8).view(place.slot.dtype).view(place.slot.shape)
+        return out
 
     def publish(self) -> None:
         """Give shards their final names and write the index; `config.json` is the caller's, and last."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ from compressor.checkpoint.cuts import apply_cuts, cuts_of
 from compressor.checkpoint.source import read_json
 from compressor.errors import CheckpointError, UnsupportedError
 from compressor.plan import Where
+from compressor.stacks import FUSED, is_expert_stack, places, refuse_stack
 
 META = torch.device("meta")
 
@@ -47,11 +49,13 @@ class Target:
         param: Parameter or buffer name in the model; None if the model has no place for it.
         where: The part of it the tensor fills.
         simple: False when transformers converts the values in a way that cannot be undone slice by slice.
+        split: Whether transformers knows no tensor of this name: it is an expert of a stack stored as one tensor.
     """
 
     param: str | None
     where: Where
     simple: bool = True
+    split: bool = False
 
 
 class Skeleton:
@@ -68,6 +72,7 @@ class Skeleton:
         mapping = get_model_conversion_mapping(model)
         self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        self._experts = _experts_of(model, self._converters)
 
     @classmethod
     def build(cls, path: Path, device: torch.device | None = None, trust_remote_code: bool = False) -> Skeleton:
@@ -106,7 +111,9 @@ class Skeleton:
             param, pattern = rename_source_key(name, self._renamings, self._converters, prefix, state)
             if param not in state and name in state:
                 param, pattern = name, None
-            if param not in state:
+            if name in self._experts:
+                out[name] = self._experts[name]
+            elif param not in state:
                 out[name] = Target(None, Where())
             elif pattern is None:
                 out[name] = Target(param, Where())
@@ -123,8 +130,9 @@ class Skeleton:
         config = LoadStateDictConfig(
             device_map={"": str(self.device)}, dtype=torch.float32, weight_mapping=[*self._renamings, *self._converters]
         )
+        known = {name: tensor for name, tensor in tensors.items() if name not in self._experts}
         with quiet():
-            info, _ = convert_and_load_state_dict_in_model(self.model, dict(tensors), config)
+            info, _ = convert_and_load_state_dict_in_model(self.model, known, config)
         if info.mismatched_keys or info.conversion_errors or info.error_msgs:
             problem = [*info.mismatched_keys, *info.conversion_errors.values(), *info.error_msgs][0]
             raise CheckpointError(f"weights do not fit the model: {problem}", "does config.json belong to them?")
@@ -135,7 +143,26 @@ class Skeleton:
                     f"{target} and {origin} are tied by config.json but stored with different values",
                     'set "tie_word_embeddings": false in config.json if both are meant',
                 )
+        self._load_experts({name: tensor for name, tensor in tensors.items() if name in self._experts})
         self.model.tie_weights()
+
+    def _load_experts(self, tensors: Mapping[str, Tensor]) -> None:
+        """Fill parts of stacks that transformers knows as one tensor each."""
+        for name, tensor in tensors.items():
+            target = self._experts[name]
+            assert target.param is not None
+            owner, _, leaf = target.param.rpartition(".")
+            stack = self.model.get_parameter(target.param)
+            if stack.is_meta:
+                stack = nn.Parameter(torch.empty_like(stack, device=self.device), requires_grad=False)
+                self.model.get_submodule(owner)._parameters[leaf] = stack
+            part = self.part(target.param, target.where)
+            if part.shape != tensor.shape:
+                raise CheckpointError(
+                    f"weights do not fit the model: {name} is {list(tensor.shape)}, not {list(part.shape)}",
+                    "does config.json belong to them?",
+                )
+            part.copy_(tensor)
 
     def _stored(self, param: str) -> Tensor | None:
         """Return a parameter's values if it is loaded."""
@@ -168,6 +195,25 @@ class Skeleton:
                     module._buffers[leaf] = torch.empty_like(buffer, device=self.device)
             with torch.no_grad():
                 self.model._init_weights(module)
+
+
+def expert_name(stack: str, expert: int, role: str) -> str:
+    """Return our name on disk of a projection that transformers has none for."""
+    return f"{stack}.{expert}.{role}_proj.weight"
+
+
+def _experts_of(model: PreTrainedModel, converters: Iterable[WeightConverter]) -> dict[str, Target]:
+    """Return the parts of the stacks of experts that files hold as one tensor each, by names of our own."""
+    converted = [re.compile(pattern) for entry in converters for pattern in entry.target_patterns]
+    out: dict[str, Target] = {}
+    for stack, module in model.named_modules():
+        if not is_expert_stack(module) or refuse_stack(module):
+            continue
+        if any(pattern.search(f"{stack}.{leaf}") for pattern in converted for leaf in FUSED):
+            continue  # files hold something else
+        for expert, role, leaf, where in places(module):
+            out[expert_name(stack, expert, role)] = Target(f"{stack}.{leaf}", where, split=True)
+    return out
 
 
 def names_on_disk(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -70,10 +70,10 @@ PAGES = {
 """Verb -> the page of `docs` about it."""
 
 _CALIBRATION = ("data", "n_samples", "seq_len", "min_expert_tokens", "seed")
-_RUN = ("output", "device", "force", "trust_remote_code", "allow_pickle", "dry_run", "json_", "quiet")
+_RUN = ("output", "device", "max_memory", "force", "trust_remote_code", "allow_pickle", "dry_run", "json_", "quiet")
 PANELS: dict[str, dict[str, tuple[str, ...]]] = {
     "quantize": {
-        "Which tensors": ("skip", "skip_inputs", "set_", "target_bits", "menu"),
+        "Which tensors": ("skip", "skip_inputs", "set_", "target_bits", "menu", "bits_by"),
         "Calibration": _CALIBRATION,
         "The run": _RUN,
     },
@@ -129,6 +129,7 @@ DEFAULTS: dict[str, dict[str, str]] = {
     "": {
         "attention": "none",
         "baseline": "none",
+        "bits_by": "measured",
         "data": "python-docs",
         "device": "auto",
         "effort": "balanced",
@@ -138,6 +139,7 @@ DEFAULTS: dict[str, dict[str, str]] = {
         "kv_cache": "none",
         "limit": "all",
         "markdown": "none",
+        "max_memory": "no bound",
         "menu": "int2,int3,int4,int6,int8",
         "method": "by --minutes",
         "min_expert_tokens": "0.5 % of all",

@@ -56,11 +56,17 @@ def quantize(
         float | None, typer.Option(min=1, max=16, help="Choose each layer's format for so many stored bits per weight.")
     ] = None,
     menu: Annotated[str | None, typer.Option(metavar="A,B,...", help="Formats --target-bits chooses from.")] = None,
+    bits_by: Annotated[
+        str | None, typer.Option(metavar="A,B,...", help="Rules --target-bits follows instead of measuring.")
+    ] = None,
     option: Annotated[
         list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="Option of the method (repeatable).")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    max_memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Keep to 6GB, say: takes experts of a block some at a time.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite an earlier result.")] = False,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run model code that comes with the checkpoint.")
@@ -75,6 +81,8 @@ def quantize(
     """Compress a checkpoint and write it as safetensors."""
     if menu is not None and target_bits is None:
         raise RecipeError("--menu says nothing without --target-bits", "for example --target-bits 3.5")
+    if bits_by is not None and target_bits is None:
+        raise RecipeError("--bits-by says nothing without --target-bits", "for example --target-bits 3")
     options = parse_options(option or [])
     if effort is not None:
         options["effort"] = effort
@@ -85,8 +93,11 @@ def quantize(
     if quiet or json_:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from compressor.api import execute, make_overrides, prepare, prepare_bits
+    from compressor.engine.memory import parse_memory
+    from compressor.priorities import parse_stages
     from compressor.recipe import CalibrationSpec, Recipe
 
+    most = None if max_memory is None else parse_memory(max_memory)
     recipe = Recipe(
         model=model,
         method=method,
@@ -115,7 +126,13 @@ def quantize(
     else:
         wanted = parse_menu(menu)
         with RichProgress(quiet or json_) as progress:
-            job, bits = prepare_bits(recipe, target_bits, wanted, output, device=device, force=force, progress=progress)
+            job, bits = prepare_bits(
+                *(recipe, target_bits, wanted, output),
+                device=device,
+                force=force,
+                progress=progress,
+                stages=parse_stages(bits_by),
+            )
         if not json_:
             STDOUT.print(table("formats chosen", ["layers", "formats"], [list(row) for row in bits.table()], text=True))
             STDOUT.print(bits.sentence(), soft_wrap=True)
@@ -123,7 +140,7 @@ def quantize(
         show_plan(job, json_)
         return
     with RichProgress(quiet) as progress:
-        report = execute(job, force=force, progress=progress).to_json()
+        report = execute(job, force=force, progress=progress, max_memory=most).to_json()
     if json_:
         print_json(report)
     else:

@@ -29,7 +29,7 @@ class Contents:
         """Return name -> dtype and shape of every tensor, in plan order."""
         slots: dict[str, Slot] = {}
         for layer in self.plan.layers:
-            slots |= self._of_layer(layer)
+            slots |= self.of_layer(layer)
         for block in range(len(self.plan.blocks)):
             slots |= dict.fromkeys(self._cache_scales(block), Slot(self.default_dtype, (1,)))
             slots |= dict.fromkeys(self._operands(block), operands.SLOT)
@@ -41,10 +41,11 @@ class Contents:
         Args:
             block: Index of the block, or `OUTSIDE`.
         """
-        names = [name for layer in self.plan.in_block(block) for name in self._of_layer(layer)]
+        names = [name for layer in self.plan.in_block(block) for name in self.of_layer(layer)]
         return names + (self._cache_scales(block) + self._operands(block) if block != OUTSIDE else [])
 
-    def _of_layer(self, layer: LayerPlan) -> dict[str, Slot]:
+    def of_layer(self, layer: LayerPlan) -> dict[str, Slot]:
+        """Return what is stored of one tensor of the source."""
         as_it_was = Slot(DTYPES[layer.ref.dtype], layer.ref.shape)
         if not layer.format:
             return {layer.ref.name: as_it_was}

@@ -28,13 +28,15 @@ from compressor.checkpoint.sink import WORK, Journal, Sink
 from compressor.checkpoint.skeleton import Skeleton
 from compressor.checkpoint.source import DTYPES, Source
 from compressor.decision import Outcome
+from compressor.engine.chunks import ExpertChunks, refuse_chunks, solve_in_chunks
 from compressor.engine.contents import Contents
-from compressor.engine.experts import find_routers, routers_of
+from compressor.engine.experts import find_routers, routers_of, rule_of
+from compressor.engine.memory import MARGIN, Needs
 from compressor.engine.outside import Outside
 from compressor.engine.rounding import InputRounding
 from compressor.engine.solver import BlockOf, Solved, Solver
 from compressor.engine.streams import CARRIED, COMPRESSED, FP, Streams
-from compressor.errors import NumericalError, UnsupportedError
+from compressor.errors import NumericalError, ResourceError, UnsupportedError
 from compressor.folding import Folding, folded_rows
 from compressor.formats import get_format
 from compressor.formats.activations import get_input_format
@@ -45,6 +47,7 @@ from compressor.methods.operands import OperandMethod, covering
 from compressor.methods.rounding import InputMethod
 from compressor.methods.scaling import FoldingMethod
 from compressor.plan import OUTSIDE, Kind, LayerPlan, Operand, Plan
+from compressor.process import release_memory, rss
 from compressor.pruning.view import ModelView, SearchMethod
 from compressor.ranks import ALONE, Ranks
 from compressor.report import Progress, Row
@@ -62,13 +65,15 @@ class Engine:
         skeleton: Its model without weights; filled and emptied here.
         blocks: Its block sequence, traced.
         method: The method.
-        tokens: Calibration tokens `[n_samples, seq_len]`, or None for data-free methods.
+        tokens: Calibration tokens `[n_samples, seq_len]`, or pixels `[n_samples, n, channels, height, width]`; None for
+            data-free methods.
         out: The folder to write; `out/.compress-work` must exist and be ours.
         seed: Seed of the method's generators.
         progress: Who is told.
         reserve: Tokens `[n, seq_len]` of samples that only experts with too few tokens look at, or None.
         min_expert_tokens: Tokens that statistics of every expert are to rest on; 0 for any number.
         ranks: The processes that share the work. All of them run every unit; the leader alone writes the result.
+        max_memory: Bytes that may be resident; experts of a block that would take more are taken some at a time.
     """
 
     def __init__(
@@ -85,8 +90,9 @@ class Engine:
         reserve: Tensor | None = None,
         min_expert_tokens: int = 0,
         ranks: Ranks = ALONE,
+        max_memory: float | None = None,
     ) -> None:
-        self.min_expert_tokens, self.ranks = min_expert_tokens, ranks
+        self.min_expert_tokens, self.ranks, self.max_memory = min_expert_tokens, ranks, max_memory
         self.plan, self.source, self.skeleton, self.blocks = plan, source, skeleton, blocks
         self.method, self.progress = method, progress
         self.read_ahead = ReadAhead(source)
@@ -113,9 +119,12 @@ class Engine:
         context = precision.products(self.device, widest)
         self.pieces = 1
         if tokens is not None and isinstance(options := getattr(method, "options", None), LearningOptions):
-            window = options.window_of(widest, tokens.shape[1])
-            self.pieces = tokens.shape[1] // window
-            tokens, reserve = tokens.reshape(-1, window), None if reserve is None else reserve.reshape(-1, window)
+            if tokens.is_floating_point():
+                options.check_images()
+            else:
+                window = options.window_of(widest, tokens.shape[1])
+                self.pieces = tokens.shape[1] // window
+                tokens, reserve = tokens.reshape(-1, window), None if reserve is None else reserve.reshape(-1, window)
         used = (tokens, reserve) if carried else (None, None)
         self.streams = Streams(hidden, carried, blocks, used[0], self.device, context, used[1], ranks)
         self.tokens, self.seed = tokens, seed
@@ -268,6 +277,9 @@ class Engine:
     def _block(self, index: int, before: Unit, recording: Recording) -> Unit:
         """Compress one block and write it; `recording` holds its arguments for the probe."""
         layers = self.plan.in_block(index)
+        if experts := self._in_chunks(index, layers):
+            with experts.attached():
+                return self._block_in_chunks(index, before, recording, experts)
         tensors = self.source.read(layer.ref.name for layer in layers)
         self.skeleton.load(tensors)
         if index + 1 < len(self.plan.blocks):
@@ -278,11 +290,14 @@ class Engine:
             name: kv_cache.KVRange(self.skeleton.model.get_submodule(name), lambda: self.streams.on_reserve)
             for name in self.plan.cached(index)
         }
+        counted = capture or self._count_experts(layers)
         behind = self.method.stream in (Stream.COMPRESSED, Stream.BOTH)  # statistics are those of the compressed prefix
+        if FP in self.streams.stores and capture is None:
+            behind = False  # counting alone is worth no pass of its own
         if FP in self.streams.stores:
-            streams[FP] = self.streams.advance(index, FP, before.streams, None if behind else capture)
-        if behind and capture:
-            self.streams.observe(index, before.streams, capture)
+            streams[FP] = self.streams.advance(index, FP, before.streams, None if behind else counted)
+        if behind and counted:
+            self.streams.observe(index, before.streams, counted)
         # Fixed here: whatever runs through the block from now on is no calibration data.
         for seen in ranges.values():
             seen.join(self.ranks)
@@ -298,7 +313,7 @@ class Engine:
         for name in scales:
             solved.packed.update(self._quantize_cache(name, scales[name]))
         reaches = reaches if learned else self._reaches(index, before, rounding)
-        solved.packed.update(rounding.attach(solved.inputs, reaches))
+        solved.packed.update(rounding.attach(solved.inputs, reaches, solved.packed))
         if self.attention:
             solved.packed.update(self._round_operands(index, before.streams))
         if COMPRESSED in self.streams.stores:
@@ -311,15 +326,81 @@ class Engine:
         self.skeleton.free({layer.ref.param for layer in layers})
         rows = folded_rows(solved.rows, layers, self.plan, rewrites)
         topped_up: list[str] = []
-        if capture:
-            rows = [self._with_routed(row, capture.coverage) for row in rows]
-            topped_up = capture.coverage.events()
-            solved.metrics.update(capture.coverage.metrics())
+        if counted:
+            rows = [self._with_routed(row, counted.coverage) for row in rows]
+            topped_up = counted.coverage.events()
+            topped_up += [] if capture else counted.coverage.short_of(self.min_expert_tokens, self.method.name)
+            solved.metrics.update(counted.coverage.metrics())
         events = [*topped_up, *folded.events, *solved.events, *saturated]
         saved = None if probe is None else self._save_probe(index + 1, probe)
-        del tensors, solved.packed, capture
+        del tensors, solved.packed, capture, counted
         gc.collect()
         return Unit(self.plan.blocks[index], unit_hash, rows, events, saved, streams, solved.metrics)
+
+    def _in_chunks(self, index: int, layers: tuple[LayerPlan, ...]) -> ExpertChunks | None:
+        """Return the experts of a block that is larger than what it may take, or None if all of it may be in memory.
+
+        Raises:
+            ResourceError: It is too large, and cannot be cut.
+        """
+        if self.max_memory is None:
+            return None
+        release_memory()
+        seq_len = PROBE_TOKENS if self.tokens is None else max(self.tokens.shape[1], PROBE_TOKENS)
+        top_k = getattr(self.skeleton.model.config.get_text_config(), "num_experts_per_tok", None) or 1
+        needs = Needs.of(layers, self.specs, seq_len * top_k)
+        free, name = self.max_memory * (1 - MARGIN) - rss(), self.plan.blocks[index]
+        if needs.whole <= free:
+            return None
+        if reason := self._refuse_chunks(index, layers) or refuse_chunks(layers, self.skeleton):
+            raise ResourceError(
+                f"{name}: needs {needs.whole / 1e9:.2f} GB, {(needs.whole - free) / 1e9:.2f} GB more than --max-memory "
+                f"leaves, and cannot be cut: {reason}",
+                "raise --max-memory",
+            )
+        chosen = (self.solver.unpacked, self.contents.of_layer, needs.at_once(free, name))
+        return ExpertChunks(layers, self.skeleton, self.source, self.sink, *chosen)
+
+    def _refuse_chunks(self, index: int, layers: tuple[LayerPlan, ...]) -> str | None:
+        """Return why this run cannot take experts in chunks, or None."""
+        reasons = {
+            "the method decides whole blocks": self.method.scope not in (Scope.LAYER, Scope.GROUP),
+            "several processes share it": self.ranks.size > 1,
+            "the inputs of its layers are rounded": any(layer.steps for layer in layers),
+            "factors are moved in it": any(fold.block == index for fold in self.plan.folds),
+            "its routers are rounded": self._rounds_routers,
+            "its attention is compressed too": bool(self.plan.cached(index) or self.attention),
+        }
+        return next((reason for reason, holds in reasons.items() if holds), None)
+
+    def _block_in_chunks(self, index: int, before: Unit, recording: Recording, experts: ExpertChunks) -> Unit:
+        """Compress one block and write it, with some of its experts in memory at a time."""
+        layers = self.plan.in_block(index)
+        tensors = self.source.read(layer.ref.name for layer in layers if layer.ref.name not in experts.names)
+        self.skeleton.load(tensors)
+        streams: dict[str, Boundary] = {}
+        if FP in self.streams.stores:
+            streams[FP] = self.streams.advance(index, FP, before.streams, None)
+        seen = COMPRESSED if self.method.stream in (Stream.COMPRESSED, Stream.BOTH) else FP
+
+        def statistics(some: Sequence[LayerPlan]) -> Capture | None:
+            capture = self._capture(tuple(some), self.specs, among=layers)
+            if capture:
+                self.streams.observe(index, before.streams, capture, seen)
+            return capture
+
+        solved, coverage = solve_in_chunks(layers, experts, tensors, self.solver, statistics)
+        if COMPRESSED in self.streams.stores:
+            streams[COMPRESSED] = self.streams.advance(index, COMPRESSED, before.streams, None)
+        probe = self._save_probe(index + 1, self._probe(index, before, recording))
+        experts.clear()
+        self.skeleton.free({layer.ref.param for layer in layers if layer.ref.name not in experts.names})
+        unit_hash = self.sink.unit_hash(self.contents.of_unit(index))
+        assert unit_hash is not None
+        rows = [self._with_routed(row, coverage) for row in solved.rows] if coverage.routed else solved.rows
+        metrics = {**solved.metrics, **coverage.metrics(), "expert_chunks": len(experts.chunks())}
+        events = [*coverage.events(), *solved.events]
+        return Unit(self.plan.blocks[index], unit_hash, rows, events, probe, streams, metrics)
 
     def _with_routed(self, row: Row, coverage: Coverage) -> Row:
         """Say of an expert's weight how many calibration tokens the router sends to it."""
@@ -409,8 +490,10 @@ class Engine:
             writer.append(hidden)
             return writer.close()
 
-    def _capture(self, layers: tuple[LayerPlan, ...], specs: tuple[Statistic, ...]) -> Capture | None:
-        """Prepare accumulators, one per tensor that compressed layers read."""
+    def _capture(
+        self, layers: tuple[LayerPlan, ...], specs: tuple[Statistic, ...], among: tuple[LayerPlan, ...] | None = None
+    ) -> Capture | None:
+        """Prepare accumulators, one per tensor that compressed layers read; routers are looked for `among` layers."""
         if not specs:
             return None
         widths, modules = {}, {}
@@ -423,11 +506,20 @@ class Engine:
                 modules[layer.ref.fed_by] = self.skeleton.model.get_submodule(layer.ref.owner)
             if layer.ref.fed_by in widths and "#" in layer.ref.fed_by:
                 modules[layer.ref.fed_by] = self.skeleton.model.get_submodule(layer.ref.fed_by.partition("#")[0])
-        coverage, routers = Coverage(self.min_expert_tokens), find_routers(layers, self.skeleton)
+        coverage, routers = Coverage(self.min_expert_tokens), find_routers(among or layers, self.skeleton)
         # What is folded, and a router that is rounded, every process changes for itself.
         by_all = self._rounds_routers or any(fold.block == layers[0].ref.block for fold in self.plan.folds)
         keepers = {} if by_all else self.solver.division(layers).keepers
         return Capture(widths, modules, specs, self.device, coverage, routers, self.ranks, keepers)
+
+    def _count_experts(self, layers: tuple[LayerPlan, ...]) -> Capture | None:
+        """Prepare counting the tokens of experts for a method that looks at data but wants no statistics."""
+        stacks = {layer.ref.fed_by: layer.ref.owner for layer in layers if layer.format and layer.ref.role}
+        if self.method.stream is Stream.NONE or not stacks:
+            return None
+        widths = dict.fromkeys(stacks, 0)
+        modules = {fed_by: self.skeleton.model.get_submodule(stack) for fed_by, stack in stacks.items()}
+        return Capture(widths, modules, (), self.device, ranks=self.ranks)
 
     @property
     def _rounds_routers(self) -> bool:
@@ -446,7 +538,10 @@ class Engine:
                 continue  # none of its experts is compressed
             values = self.skeleton.part(ref.param, ref.where)
             router = Layer(ref, values.detach().clone(), stats=capture.sums[ref.fed_by])
-            outcome = self.method.solve_router(router, capture.coverage.top_k[stack], DTYPES[ref.dtype])
+            rule, top_k = rule_of(ref, self.skeleton), capture.coverage.top_k[stack]
+            own = self.skeleton.model.get_submodule(ref.owner)._parameters.get("bias")
+            bias = None if own is None else own.detach()
+            outcome = self.method.solve_router(router, top_k, DTYPES[ref.dtype], rule, bias)
             solved.events += outcome.events
             solved.metrics.update(outcome.metrics)
             for name, value in outcome.rewrites.items():
@@ -493,8 +588,8 @@ class Engine:
         for name, weight in weights.items():
             ref = self._refs[name]
             whole = self.skeleton.model.get_parameter(ref.param)
-            if whole.shape == weight.shape:
-                parameters[ref.param] = weight
+            if whole.shape == weight.shape or ref.kind is Kind.CONV:
+                parameters[ref.param] = weight.view(whole.shape)
                 continue
             if ref.param not in parameters:
                 parameters[ref.param] = whole.detach().clone()

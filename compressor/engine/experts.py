@@ -15,8 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from compressor.calibration.coverage import Router
+from compressor.calibration.routers import router_logits, routing_rule
+from compressor.calibration.routing_rule import RoutingRule
 from compressor.checkpoint.skeleton import Skeleton, Target
 from compressor.plan import Kind, LayerPlan, WeightRef
+from compressor.stacks import expert_bias, gated_middle, stack_layout
 
 Treat = Callable[[Tensor], Tensor]
 """What happens to the rows `[tokens, in]` a projection reads."""
@@ -26,13 +29,13 @@ Stack = dict[int, dict[str, Target]]
 
 
 def find_routers(layers: Iterable[LayerPlan], skeleton: Skeleton) -> dict[str, Router]:
-    """Return expert stack -> what computes its router's logits from the block's weights as they are.
+    """Return expert stack -> what computes every expert's share of tokens from the block's weights as they are.
 
     A router lies beside its stack and has a row for every expert.
     """
     out: dict[str, Router] = {}
     for stack, ref in routers_of([layer.ref for layer in layers], skeleton).items():
-        out[stack] = partial(_logits, skeleton.model.get_submodule(ref.owner))
+        out[stack] = partial(_shares, skeleton.model.get_submodule(ref.owner), rule_of(ref, skeleton))
     return out
 
 
@@ -50,9 +53,14 @@ def routers_of(refs: Iterable[WeightRef], skeleton: Skeleton) -> dict[str, Weigh
     return out
 
 
-def _logits(router: nn.Module, hidden: Tensor) -> Tensor:
-    bias = dict(router.named_parameters(recurse=False)).get("bias")
-    return functional.linear(hidden.float(), router.get_parameter("weight"), bias)
+def _shares(router: nn.Module, rule: RoutingRule, hidden: Tensor) -> Tensor:
+    return rule.log_shares(router_logits(router, hidden)).exp()
+
+
+def rule_of(ref: WeightRef, skeleton: Skeleton) -> RoutingRule:
+    """Return how a router, whose block is loaded, chooses among experts."""
+    around = skeleton.model.get_submodule(ref.owner.rpartition(".")[0])
+    return routing_rule(skeleton.model.get_submodule(ref.owner), around)
 
 
 def run_experts(
@@ -80,20 +88,22 @@ def run_experts(
         if expert in stack:
             token, slot = torch.where(top_k_index == expert)
             own = {role: treat[expert, role] for role in stack[expert] if (expert, role) in treat}
-            value = _run_one(module, stack[expert], own, hidden[token])  # [n, hidden]
+            value = _run_one(module, expert, stack[expert], own, hidden[token])  # [n, hidden]
             out[token, slot] = (value * top_k_weights[token, slot, None]).to(dtype)  # autocast may have narrowed it
     return out.sum(1).to(hidden.dtype)
 
 
-def _run_one(module: Any, parts: Mapping[str, Target], treat: Mapping[str, Treat], x: Tensor) -> Tensor:
+def _run_one(module: Any, expert: int, parts: Mapping[str, Target], treat: Mapping[str, Treat], x: Tensor) -> Tensor:
     def project(role: str, rows: Tensor) -> Tensor:
         # Not get_parameter: while a block is learned, a tensor that is no parameter takes its place.
         weight = parts[role].where.of(getattr(module, str(parts[role].param).rpartition(".")[2]))  # [out, in]
         return functional.linear(treat[role](rows) if role in treat else rows, weight)
 
-    middle = project("up", x)
-    if "gate" in parts:
-        middle = module._apply_gate(torch.cat((project("gate", x), middle), -1))
-    else:
-        middle = module.act_fn(middle)
-    return project("down", middle)
+    layout = stack_layout(module)
+    both = project("up", x)
+    if layout.gated:
+        both = layout.side_by_side(project("gate", x), both)
+    bias = expert_bias(module, layout.leaf("up"), expert)
+    out = project("down", gated_middle(module, both if bias is None else both + bias))
+    bias = expert_bias(module, "down_proj", expert)
+    return out if bias is None else out + bias

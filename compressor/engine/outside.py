@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 
+import torch
+
 from compressor.checkpoint.sink import Sink
 from compressor.checkpoint.skeleton import Skeleton
 from compressor.checkpoint.source import Source
@@ -79,7 +81,7 @@ class Outside:
                 decided = round_table(part, fmt)
                 decoded = fmt.decode(decided.codes, decided.qparams)
                 sizes = layer.bytes_before, layer.bytes_after
-                error, zeros = relative_error(part, decoded), float((decoded == 0).float().mean())
+                error, zeros = relative_error(part, decoded), 1 - int(torch.count_nonzero(decoded)) / decoded.numel()
                 row = Row(layer.ref.name, fmt.name, None, *sizes, weight_error=error, sparsity=zeros)
                 self._decided[layer.ref.name] = decided, row
             decided = self._decided[layer.ref.name][0]

@@ -16,7 +16,7 @@ from torch import Tensor
 from compressor.calibration.capture import Capture
 from compressor.calibration.stats import SecondMoment
 from compressor.checkpoint.skeleton import Skeleton
-from compressor.checkpoint.source import DTYPES
+from compressor.checkpoint.source import DTYPES, all_finite
 from compressor.decision import Decision, Kept, Masked, Outcome, Quantized
 from compressor.engine.division import Division, divide
 from compressor.errors import NumericalError, UnsupportedError
@@ -162,12 +162,12 @@ class Solver:
         if owner == self.ranks.rank:
             return own
         for plan in members:
-            values = self._unpacked(plan, packed)
+            values = self.unpacked(plan, packed)
             part = self.skeleton.part(plan.ref.param, plan.ref.where)
             part.copy_(values.view_as(part))
         return replace(theirs, packed=packed, inputs=_on(self.skeleton.device, theirs.inputs))
 
-    def _unpacked(self, plan: LayerPlan, packed: Mapping[str, Tensor]) -> Tensor:
+    def unpacked(self, plan: LayerPlan, packed: Mapping[str, Tensor]) -> Tensor:
         """Return the values that packed bytes stand for, which are those their owner has, bit for bit."""
         ref, fmt = plan.ref, self.format_of(plan)
         if plan.format == PRUNED:
@@ -180,7 +180,8 @@ class Solver:
     def _tasks(self, members: Sequence[LayerPlan], capture: Capture | None) -> list[Layer]:
         """Return the layers of a fused set as the method sees them."""
         fmt = self.format_of(members[0])
-        parts = [self.skeleton.part(m.ref.param, m.ref.where).detach().clone() for m in members]
+        views = [self.skeleton.part(m.ref.param, m.ref.where).detach() for m in members]
+        parts = [view.clone(memory_format=torch.contiguous_format) for view in views]  # experts may lie transposed
         weights = [part.reshape(m.ref.matrix or part.shape) for m, part in zip(members, parts, strict=True)]
         shared = fmt.fit_global(weights) if fmt.has_global_scale else None
         return [
@@ -207,7 +208,7 @@ class Solver:
             decoded = fmt.decode(decision.codes, decision.qparams)
             packed = fmt.pack(decision.codes, decision.qparams)
             written = {f"{ref.module}.{suffix}": tensor for suffix, tensor in packed.tensors.items()}
-        if not torch.isfinite(decoded).all():
+        if not all_finite(decoded):
             raise NumericalError(f"{ref.name}: its compressed values are not finite", "try another format")
         if isinstance(decision, Quantized) and task.weight.any() and not decoded.any():
             raise NumericalError(f"{ref.name}: all of its compressed values are zero", "give it more bits with --set")
@@ -239,7 +240,7 @@ class Solver:
             return decision, 0
         zeros = task.weight == 0
         decoded = fmt.decode(decision.codes, decision.qparams)
-        moved = int((zeros & (decoded != 0)).sum())
+        moved = int(torch.count_nonzero(decoded[zeros]))
         if moved:
             nothing = fmt.encode(torch.zeros_like(task.weight), decision.qparams)
             codes = torch.where(zeros, nothing, decision.codes)
@@ -282,4 +283,4 @@ def _as_stored(weight: Tensor, decision: Decision) -> Tensor:
 
 def _share(mask: Tensor) -> float:
     """Return the share of True; 0 of nothing."""
-    return int(mask.sum()) / max(mask.numel(), 1)
+    return int(torch.count_nonzero(mask)) / max(mask.numel(), 1)

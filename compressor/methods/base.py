@@ -17,6 +17,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from compressor.calibration.routing_rule import RoutingRule
 from compressor.calibration.stats import Accumulator, SecondMoment, Statistic
 from compressor.decision import Outcome
 from compressor.errors import NumericalError
@@ -213,8 +214,18 @@ class RouterMethod(Method, Protocol):
         """Tokens every expert is to be calibrated on, in fair shares of one window; 0 for no such wish."""
         ...
 
-    def solve_router(self, router: Layer, top_k: int, dtype: torch.dtype) -> Outcome:
-        """Return the rewritten router, with statistics of its input; `top_k` experts are chosen per token."""
+    def solve_router(
+        self, router: Layer, top_k: int, dtype: torch.dtype, rule: RoutingRule, bias: Tensor | None
+    ) -> Outcome:
+        """Return the rewritten router, with statistics of its input.
+
+        Args:
+            router: Its weight `[experts, hidden]`.
+            top_k: Experts that are chosen per token.
+            dtype: What it is stored in.
+            rule: How they are chosen from its logits.
+            bias: What it adds to logits, `[experts]`, or None.
+        """
         ...
 
 

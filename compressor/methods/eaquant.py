@@ -22,9 +22,11 @@ from typing import Literal
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.nn.functional import linear
 
 from compressor.calibration.averages import MovingRange
 from compressor.calibration.channels import MaxAbs
+from compressor.calibration.routing_rule import SOFTMAX, RoutingRule
 from compressor.calibration.samples import InputSample
 from compressor.calibration.stats import Statistic
 from compressor.decision import Outcome, Quantized
@@ -35,7 +37,7 @@ from compressor.formats.ints import IntFormat
 from compressor.inputs import InputOp, Quantize
 from compressor.methods.base import Layer, MethodOptions, Scope, Stream
 from compressor.methods.eaquant_rotation import descriptions, fit_transform, turned_weight
-from compressor.methods.eaquant_router import agreement, align, by_weights, ratios, round_rows
+from compressor.methods.eaquant_router import agreement, align, by_weights, counted, ratios, round_rows
 from compressor.methods.eaquant_smoothing import (
     aggregate,
     outlier_factors,
@@ -221,13 +223,22 @@ class EAQuant:
     def _rounding(self, layer: Layer) -> tuple[InputOp, ...]:
         return (Quantize(INPUT_FORMATS[str(layer.steps[-1]["format"])], clip=self.options.input_clip),)
 
-    def solve_router(self, router: Layer, top_k: int, dtype: torch.dtype) -> Outcome:
+    def solve_router(
+        self,
+        router: Layer,
+        top_k: int,
+        dtype: torch.dtype,
+        rule: RoutingRule = SOFTMAX,
+        bias: Tensor | None = None,
+    ) -> Outcome:
         """Return a router's weight on a grid of few bits per row, still stored in its own dtype.
 
         Args:
             router: With rows of its input, as statistics.
             top_k: Experts per token.
             dtype: What it is stored in.
+            rule: How it chooses.
+            bias: What it adds to logits, `[experts]`, or None.
         """
         bits, least = self.options.router_bits, self.options.least_ratio
         name, weight = router.ref.name, router.weight
@@ -238,9 +249,10 @@ class EAQuant:
         if self.options.align == "off":
             ratio = by_weights(weight, bits, least)
         else:
-            ratio = align(weight, x, bits, top_k, least, self.options.align, self.options.router_share)
+            m = counted(len(weight), top_k, self.options.router_share)
+            ratio = align(weight, x, bits, m, least, self.options.align, rule, bias)
         stored = round_rows(weight, bits, ratio).to(dtype)
-        agrees = agreement(x @ weight.T, x @ stored.float().T, top_k)
+        agrees = agreement(linear(x, weight, bias), linear(x, stored.float(), bias), top_k, rule)
         return Outcome({}, metrics={"router_agreement": agrees}, rewrites={name: stored})
 
 

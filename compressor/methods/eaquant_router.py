@@ -10,6 +10,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
+
+from compressor.calibration.routing_rule import SOFTMAX, RoutingRule
 
 Divergence = Literal["renorm", "truncated", "full"]
 
@@ -44,52 +47,62 @@ def counted(n_experts: int, k: int, share: float) -> int:
     return k + int(share * (n_experts - k))
 
 
-def divergence(logits: Tensor, rounded: Tensor, m: int, kind: Divergence) -> float:
-    """Return the mean over tokens of the divergence of two routers' distributions, over the `m` best experts, in nats.
+def divergence(logits: Tensor, rounded: Tensor, m: int, kind: Divergence, rule: RoutingRule = SOFTMAX) -> float:
+    """Return the mean over tokens of the divergence of two routers' shares, over the `m` best experts, in nats.
 
     Args:
         logits: The original's, `[tokens, experts]`.
         rounded: The other's.
-        m: Experts that count; ties go to lower indices.
+        m: Experts that count, the first ones that the original would choose; ties go to lower indices.
         kind: `truncated`: terms of the others are left out, so it may be negative; `renorm`: distributions over the `m`
             experts alone; `full`: all experts.
+        rule: How the router shares tokens out.
     """
     logits, rounded = logits.double(), rounded.double()
-    best = logits.argsort(dim=-1, descending=True, stable=True)[:, :m]
+    p, q = rule.log_shares(logits), rule.log_shares(rounded)
+    if kind != "full":
+        best = rule.scores(logits).argsort(dim=-1, descending=True, stable=True)[:, :m]
+        p, q = p.gather(1, best), q.gather(1, best)
     if kind == "renorm":
-        p, q = logits.gather(1, best).log_softmax(-1), rounded.gather(1, best).log_softmax(-1)
-    else:
-        p, q = logits.log_softmax(-1), rounded.log_softmax(-1)
-        if kind == "truncated":
-            p, q = p.gather(1, best), q.gather(1, best)
+        p, q = p.log_softmax(-1), q.log_softmax(-1)
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
-def agreement(logits: Tensor, rounded: Tensor, k: int) -> float:
+def agreement(logits: Tensor, rounded: Tensor, k: int, rule: RoutingRule = SOFTMAX) -> float:
     """Return the mean share of a token's `k` experts that are still among its `k` best."""
     ours, theirs = (
-        torch.zeros_like(values, dtype=torch.bool).scatter_(1, values.topk(k, dim=-1).indices, value=True)
+        torch.zeros_like(values, dtype=torch.bool).scatter_(1, rule.scores(values).topk(k, -1).indices, value=True)
         for values in (rounded, logits)
     )
     return float((ours & theirs).sum(-1).double().mean()) / k
 
 
-def align(weight: Tensor, x: Tensor, bits: int, k: int, least: float, kind: Divergence, share: float) -> float:
+def align(
+    weight: Tensor,
+    x: Tensor,
+    bits: int,
+    m: int,
+    least: float,
+    kind: Divergence,
+    rule: RoutingRule = SOFTMAX,
+    bias: Tensor | None = None,
+) -> float:
     """Return the clipping ratio of a router with the least divergence on inputs `x`; of equal ones the smallest.
 
     Args:
         weight: `[experts, hidden]` float32.
         x: `[tokens, hidden]`, inputs it was not rounded for.
         bits: Bits of one code.
-        k: Experts per token.
+        m: Experts that count.
         least: Smallest ratio.
         kind: Which divergence.
-        share: Of the experts beyond `k` that count too.
+        rule: How the router chooses.
+        bias: What it adds to logits, `[experts]`, or None.
     """
-    logits, m = x @ weight.T, counted(weight.shape[0], k, share)
+    logits = linear(x, weight, bias)
     best, lowest = 1.0, torch.inf
     for ratio in ratios(least):
-        score = divergence(logits, x @ round_rows(weight, bits, ratio).T, m, kind)
+        score = divergence(logits, linear(x, round_rows(weight, bits, ratio), bias), m, kind, rule)
         if score < lowest:
             best, lowest = ratio, score
     return best

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from compressor.errors import CompressorError, RecipeError
 from compressor.files import replace_text
-from compressor.pages.assemble import FOLDER, ROOT, page, pages
+from compressor.pages.assemble import FOLDER, ROOT, marked, page, pages
+from compressor.pages.pareto import PICTURE, pareto_page, pareto_rows, pareto_svg
+from compressor.pages.study import STUDY, study_page
 
 STALE = 3
 """Exit code of `--check` where pages are not what would be made: a verdict, not an error."""
@@ -16,35 +18,42 @@ STALE = 3
 
 def main(arguments: list[str] | None = None) -> int:
     """Write the pages, or say which are stale; return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m compressor.pages", description="make docs/methods")
+    parser = argparse.ArgumentParser(
+        prog="python -m compressor.pages", description="make docs/methods, docs/pareto.md and docs/calibration.md"
+    )
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 3 if a page is stale")
-    parser.add_argument("--folder", type=Path, default=ROOT / FOLDER, help="where the pages lie")
+    parser.add_argument("--folder", type=Path, default=ROOT / FOLDER, help="where the pages of methods lie")
+    parser.add_argument("--studies", type=Path, default=ROOT / "docs", help="where the other pages lie")
     options = parser.parse_args(arguments)
     try:
-        return run(options.folder, options.check)
+        return run(options.folder, options.studies, options.check)
     except CompressorError as error:
         print(f"error: {error.message}", *([f"hint: {error.hint}"] if error.hint else []), sep="\n", file=sys.stderr)
         return error.exit_code
 
 
-def run(folder: Path, check: bool) -> int:
+def run(folder: Path, studies: Path, check: bool) -> int:
     """Make every page, or compare it.
 
     Raises:
-        RecipeError: The folder is not there.
+        RecipeError: A folder is not there.
     """
-    if not folder.is_dir():
-        raise RecipeError(f"{folder} is no folder", "pages are made in a clone of the repository")
+    for place in (folder, studies):
+        if not place.is_dir():
+            raise RecipeError(f"{place} is no folder", "pages are made in a clone of the repository")
+    made = {folder / f"{name}.md": page(name, folder) for name in pages()}
+    rows = pareto_rows()
+    made[studies / PICTURE] = pareto_svg(rows)
+    for name, text in (("pareto", pareto_page(rows)), (STUDY, study_page())):
+        made[studies / f"{name}.md"] = marked(text, studies / f"{name}.md")
     stale = 0
-    for name in pages():
-        path = folder / f"{name}.md"
-        made = page(name, folder)
-        if path.is_file() and path.read_text(encoding="utf-8") == made:
+    for path, text in made.items():
+        if path.is_file() and path.read_text(encoding="utf-8") == text:
             continue
         stale += 1
         print(f"{'stale' if check else 'written'}: {path}")
         if not check:
-            replace_text(path, made)
+            replace_text(path, text)
     return STALE if check and stale else 0
 
 

@@ -69,13 +69,22 @@ def page(name: str, folder: Path) -> str:
     Raises:
         RecipeError: The page that is there has no end mark.
     """
-    lines = [BEGIN]
+    lines: list[str] = []
     methods = pages()[name]
     if name in TITLES:
         lines += [f"# {TITLES[name]}", ""]
     for method in methods:
         lines += method_lines(method, 1 if len(methods) == 1 else 2)
-    return "\n".join(lines).rstrip("\n") + f"\n\n{END}\n" + by_hand(folder / f"{name}.md")
+    return marked("\n".join(lines), folder / f"{name}.md")
+
+
+def marked(text: str, path: Path) -> str:
+    """Return a made page between its marks, and what the file goes on with by hand.
+
+    Raises:
+        RecipeError: The page that is there has no end mark.
+    """
+    return f"{BEGIN}\n" + text.rstrip("\n") + f"\n\n{END}\n" + by_hand(path)
 
 
 def by_hand(path: Path) -> str:

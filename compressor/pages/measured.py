@@ -10,7 +10,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from compressor.evals.bench.table import TABLES, Row, read_table
+from compressor.evals.bench.row import Row
+from compressor.evals.bench.table import TABLES, read_table
 from compressor.evals.bench.vision import is_vision
 
 MODEL = "smollm2-135m"
@@ -18,6 +19,12 @@ MODEL = "smollm2-135m"
 
 FIRST = ("weight-only", "learned-rounding")
 """Pages in which a row that several tables share is quoted; the others follow by name."""
+
+LAST = ("peers",)
+"""Pages whose rows are quoted only where no other page has them."""
+
+APART = ("calibration",)
+"""Tables that vary what others hold fixed, and score fewer tokens: their rows are no evidence for a method."""
 
 COST = "CPU time"
 _NONE = ("-", "")
@@ -66,8 +73,9 @@ class Measured:
 def measured_rows() -> tuple[Measured, ...]:
     """Return every row of ours and of other tools that has a KL divergence, each once, table by table."""
     paths = {path.stem: path for path in sorted(TABLES.glob("*.yaml")) if not is_vision(path)}
+    paths = {name: path for name, path in paths.items() if name not in APART}
     found: dict[tuple[str, str], Measured] = {}
-    for name in sorted(paths, key=lambda stem: (FIRST.index(stem) if stem in FIRST else len(FIRST), stem)):
+    for name in sorted(paths, key=_place):
         page = paths[name].with_suffix(".md")
         if not page.is_file():
             continue
@@ -79,6 +87,11 @@ def measured_rows() -> tuple[Measured, ...]:
             measured = Measured(name, table.model, row, cells["row"], cells)
             found.setdefault((table.model, cells["row"]), measured)
     return tuple(found.values())
+
+
+def _place(name: str) -> tuple[int, str]:
+    """Return where a page comes in the order in which pages are read."""
+    return (FIRST.index(name) if name in FIRST else len(FIRST) + (name in LAST), name)
 
 
 def original_perplexity(table: str) -> str:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from compressor.calibration.capture import expert_middle
+from compressor.errors import UnsupportedError
 from compressor.plan import LayerPlan
+from compressor.stacks import StackLayout, stack_layout
 
 if TYPE_CHECKING:
     from compressor.pruning.gradients import LayerGradient
@@ -35,8 +36,12 @@ def watch_stack(
         UnsupportedError: The stack's layout is not the standard one.
     """
     down, stacked = module.get_parameter("down_proj"), module.get_parameter("gate_up_proj")
-    with torch.no_grad():
-        expert_middle(module, 0, down.new_zeros(0, stacked.shape[-1]))  # refuses layouts it does not know
+    if stack_layout(module) != StackLayout():
+        raise UnsupportedError(
+            f"{type(module).__name__}: experts stored transposed, interleaved, with biases or without a gate have no "
+            "gradients here",
+            "leave the experts of this model out: --skip '*.experts.*'",
+        )
     of_expert: dict[int, list[LayerPlan]] = {}
     for layer in layers:
         assert layer.ref.where.expert is not None

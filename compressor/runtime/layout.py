@@ -24,7 +24,6 @@ from compressor.formats.native import NativeSchemes
 from compressor.formats.schemes import Schemes
 from compressor.inputs import stored_slots
 from compressor.plan import role_of
-from compressor.runtime.modules import FUSED
 from compressor.runtime.stored import (
     PACKED,
     AnySchemes,
@@ -35,6 +34,7 @@ from compressor.runtime.stored import (
     owned_suffix,
     packed_modules,
 )
+from compressor.stacks import FUSED
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,13 @@ from compressor.errors import UnsupportedError
 from compressor.formats.base import PackedTensor, QuantFormat
 from compressor.inputs import InputOp, apply_ops, carried, rebuild
 from compressor.kernels import dispatch
+from compressor.kernels.gpu.experts import block_rows, route
+from compressor.kernels.gpu.fp8 import Fp8Linear
+from compressor.kernels.gpu.int_kernel import RoundedLinear
+from compressor.kernels.gpu.kernel import TRITON, ExpertStack
+from compressor.kernels.gpu.ops import KERNEL_DTYPES
 from compressor.kernels.reference.linear import dequantize
-
-FUSED = ("gate_up_proj", "up_proj", "down_proj")
-"""Names of the parameters that stack experts."""
+from compressor.stacks import BIASES, FUSED, expert_bias, gated_middle, stack_layout
 
 
 class PackedLinear(nn.Module):
@@ -89,7 +92,7 @@ class PackedLinear(nn.Module):
         """Describe multiplying `m` rows in the model's dtype by this layer where it is."""
         device = next(t.device for t in self._buffers.values() if t is not None)
         shell = PackedTensor(self.fmt.name, (self.out_features, self.in_features), {})
-        return dispatch.linear_problem(shell, self.fmt, m, self.dtype, device)
+        return dispatch.linear_problem(shell, self.fmt, m, self.dtype, device, self.inputs)
 
     def prepare(self) -> None:
         """Lay the weight out for the kernel of the device it is on, once; its bytes as on disk are given up."""
@@ -97,13 +100,24 @@ class PackedLinear(nn.Module):
             return
         self._settled = True
         packed = self.packed
-        prepared = dispatch.prepare(packed, self.fmt, self.dtype)
+        prepared = dispatch.prepare(packed, self.fmt, self.dtype, self.inputs)
         if prepared is not None:
             for suffix in self._suffixes:
                 del self._buffers[suffix]
             self._prepared = prepared
             for name, tensor in prepared.tensors.items():
                 self.register_buffer(name, tensor, persistent=False)
+
+    @property
+    def prepared(self) -> dispatch.Prepared | None:
+        """The weight as a kernel reads it, if it was laid out for one."""
+        return self._prepared
+
+    def share(self, prepared: dispatch.Prepared) -> None:
+        """Put a prepared weight that is equal to this layer's, in memory of others, in its place."""
+        assert self._prepared is not None, "nothing is prepared"
+        self._prepared = prepared
+        self._buffers.update(prepared.tensors)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `[..., out]` in the dtype of `x` `[..., in]`."""
@@ -112,7 +126,9 @@ class PackedLinear(nn.Module):
         bias: Tensor | None = self.bias
         if self._steps:
             ops = self.inputs
-            x, carry = apply_ops(ops, x), carried(ops)
+            carry = carried(ops)
+            if not isinstance(self._prepared, RoundedLinear | Fp8Linear):
+                x = apply_ops(ops, x)
             bias = bias if carry is None else carry if bias is None else bias + carry
         if self._prepared is not None:
             return self._prepared.linear(x, bias, self.dtype)
@@ -155,13 +171,14 @@ class PackedLinear(nn.Module):
 
 
 class PackedExperts(nn.Module):
-    """Fused experts whose projections stay packed; one expert is decoded at a time.
+    """Fused experts whose projections stay packed: one expert is decoded at a time, or one launch multiplies all.
 
     Takes the place of a transformers v5 experts module and is called like it. Its submodules are named as on disk:
     `<expert>.<projection>`.
 
     Args:
-        source: The module it replaces: gives the gating function; its weight stacks are dropped.
+        source: The module it replaces: gives the gating function, and biases if there are any; its weight stacks are
+            dropped.
         experts: One mapping per expert, from the projection's name on disk to its packed layer.
         roles: Which projection is which: keys `up` and `down`, and `gate` if the experts have one.
 
@@ -173,16 +190,17 @@ class PackedExperts(nn.Module):
         self, source: nn.Module, experts: Sequence[Mapping[str, PackedLinear]], roles: Mapping[str, str]
     ) -> None:
         super().__init__()
-        if reason := refuse_experts(source):
-            raise UnsupportedError(
-                f"{type(source).__name__}: {reason}", "leave the experts of this model uncompressed with --skip"
-            )
-        assert ("gate" in roles) == source.has_gate, (roles, type(source).__name__)
+        self._layout = stack_layout(source)
+        assert ("gate" in roles) == self._layout.gated, (roles, type(source).__name__)
         for name in FUSED:
             source._parameters.pop(name, None)
+        for name in BIASES:
+            if (bias := source._parameters.pop(name, None)) is not None:
+                self.register_parameter(name, bias)
         self.source = source
         self.n_experts = len(experts)
         self._roles = dict(roles)
+        self._stacks: dict[str, ExpertStack] | None = None  # by role; empty if experts are multiplied one by one
         for index, projections in enumerate(experts):
             self.add_module(str(index), nn.ModuleDict(dict(projections)))
 
@@ -191,6 +209,28 @@ class PackedExperts(nn.Module):
         layer = self.get_submodule(f"{expert}.{self._roles[role]}")
         assert isinstance(layer, PackedLinear)
         return layer
+
+    def prepare(self) -> None:
+        """Lay all experts' weights out together if their device's kernel multiplies them in one launch, once."""
+        if self._stacks is not None:
+            return
+        self._stacks = {}
+        if self.n_experts == 0 or dispatch.pick(self.projection(0, "up").problem(1)).name != TRITON:
+            return
+        stacks: dict[str, ExpertStack] = {}
+        for role in self._roles:
+            layers = [self.projection(expert, role) for expert in range(self.n_experts)]
+            for layer in layers:
+                layer.prepare()
+            stack = (
+                None if any(layer.inputs for layer in layers) else ExpertStack.of([each.prepared for each in layers])
+            )
+            if stack is None:
+                return
+            for layer, view in zip(layers, stack.members, strict=True):
+                layer.share(view)
+            stacks[role] = stack
+        self._stacks = stacks
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Return the weighted sum of the chosen experts' outputs.
@@ -201,6 +241,10 @@ class PackedExperts(nn.Module):
             top_k_weights: `[tokens, k]`.
         """
         tokens, k = top_k_index.shape
+        if not torch.compiler.is_compiling():
+            self.prepare()
+        if self._stacks and tokens and hidden_states.dtype in KERNEL_DTYPES:
+            return self._all_at_once(self._stacks, hidden_states, top_k_index.flatten(), top_k_weights)
         dtype = torch.result_type(hidden_states, top_k_weights)
         # Every (token, slot) pair has its own row, so the sum over slots has a fixed order.
         out = hidden_states.new_zeros(tokens, k, hidden_states.shape[-1], dtype=dtype)
@@ -211,32 +255,35 @@ class PackedExperts(nn.Module):
                 out[token, slot] = value * top_k_weights[token, slot, None]
         return out.sum(1).to(hidden_states.dtype)
 
+    def _all_at_once(
+        self, stacks: Mapping[str, ExpertStack], hidden: Tensor, chosen: Tensor, top_k_weights: Tensor
+    ) -> Tensor:
+        """Do what `forward` does with one launch per projection; `chosen` is `[tokens * k]`."""
+        rows = chosen.numel()
+        routing = route(chosen, self.n_experts, block_rows(rows, self.n_experts))
+        both = stacks["up"].linear(hidden, routing, rows)
+        if self._layout.gated:
+            both = self._layout.side_by_side(stacks["gate"].linear(hidden, routing, rows), both)
+        real = chosen.clamp(max=self.n_experts - 1)
+        bias = expert_bias(self, self._layout.leaf("up"), real)
+        middle = gated_middle(self.source, both if bias is None else both + bias)
+        out = stacks["down"].linear(middle, routing, rows)
+        bias = expert_bias(self, "down_proj", real)
+        out = out if bias is None else out + bias
+        weights = torch.where(chosen < self.n_experts, top_k_weights.flatten(), 0)
+        return (out * weights[:, None]).view(*top_k_weights.shape, -1).sum(1).to(hidden.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedExperts:
+        self._stacks = None  # before experts move, or the stack and their own weights would be there at once
+        nn.Module._apply(self, fn, recurse)
+        return self
+
     def _expert(self, expert: int, x: Tensor) -> Tensor:
-        source: Any = self.source
-        hidden = self.projection(expert, "up")(x)
-        if source.has_gate:
-            hidden = source._apply_gate(torch.cat((self.projection(expert, "gate")(x), hidden), -1))
-        else:
-            hidden = source.act_fn(hidden)
-        out: Tensor = self.projection(expert, "down")(hidden)
-        return out
-
-
-def refuse_experts(source: nn.Module) -> str | None:
-    """Return why the experts of this module cannot be kept packed, or None.
-
-    transformers describes the layout by flags on decorated classes; without them it would have to be guessed.
-    """
-    flags = {
-        "is_transposed": False,
-        "is_concatenated": True,
-        "has_bias": False,
-        "has_post_expert_norm": False,
-    }
-    for flag in ("has_gate", *flags):
-        if not hasattr(source, flag):
-            return f"its experts do not say how they are stored (no {flag})"
-    for flag, expected in flags.items():
-        if getattr(source, flag) != expected and not (flag == "is_concatenated" and not source.has_gate):
-            return f"experts with {flag} = {getattr(source, flag)} are not supported packed"
-    return None
+        both: Tensor = self.projection(expert, "up")(x)
+        if self._layout.gated:
+            both = self._layout.side_by_side(self.projection(expert, "gate")(x), both)
+        bias = expert_bias(self, self._layout.leaf("up"), expert)
+        middle = gated_middle(self.source, both if bias is None else both + bias)
+        out: Tensor = self.projection(expert, "down")(middle)
+        bias = expert_bias(self, "down_proj", expert)
+        return out if bias is None else out + bias

@@ -58,8 +58,8 @@ def open_checkpoint(path: Path) -> tuple[Source, AnySchemes | None]:
     quantization = config.get("quantization_config")
     if quantization is not None and not isinstance(quantization, dict):
         raise CheckpointError(f"{path}: quantization_config is not an object", "config.json is damaged")
-    if quantization is not None and quantization.get("quant_method") == "fp8":
-        return Source.open(path), None  # block FP8 has no packed form here: decoded as it is read
+    if quantization is not None and quantization.get("quant_method") in ("fp8", "mxfp4"):
+        return Source.open(path), None  # these have no packed form here: decoded as they are read
     schemes: AnySchemes | None = None
     if quantization is not None:
         native = quantization.get("quant_method") == QUANT_METHOD

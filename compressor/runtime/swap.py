@@ -16,9 +16,11 @@ from compressor.errors import CheckpointError
 from compressor.formats.base import PackedTensor, QuantFormat
 from compressor.formats.native import NativeSchemes, Steps
 from compressor.inputs import InputOp, rebuild, stored_slots
+from compressor.plan import role_of
 from compressor.runtime.convolution import PackedConv2d
 from compressor.runtime.embedding import PackedEmbedding, tie_heads
 from compressor.runtime.modules import PackedExperts, PackedLinear
+from compressor.stacks import stack_layout
 
 
 def swap_native(model: PreTrainedModel, config: Mapping[str, Any]) -> None:
@@ -87,14 +89,15 @@ def _empty_experts(
 ) -> PackedExperts:
     layers: dict[int, dict[str, PackedLinear]] = {}
     roles: dict[str, str] = {}
+    layout = stack_layout(stack)
     for module, target, fmt, steps in members:
         assert target.param is not None
         assert target.where.expert is not None
         leaf, fused = module.rpartition(".")[2], target.param.rpartition(".")[2]
-        _, rows, columns = stack.get_parameter(fused).shape
-        role = fused.removesuffix("_proj")
-        if target.where.rows is not None:
-            rows, role = rows // 2, "gate" if target.where.rows[0] == 0 else "up"
+        role = role_of(target.param, target.where)
+        assert role is not None
+        place = layout.where(role, 0, tuple(stack.get_parameter(fused).shape))
+        rows, columns = place.of(stack.get_parameter(fused)).shape
         roles[role] = leaf
         inputs = empty_inputs(steps, (rows, columns), dtype)
         layer = PackedLinear(empty_packed(fmt, (rows, columns)), fmt, inputs=inputs, dtype=dtype)

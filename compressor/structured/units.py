@@ -15,8 +15,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from compressor.checkpoint.blocks import WHOLE, BlockSequence, is_expert_stack
+from compressor.checkpoint.blocks import WHOLE, BlockSequence
 from compressor.errors import RecipeError, UnsupportedError
+from compressor.stacks import is_expert_stack
 
 Kind = Literal["heads", "neurons"]
 

@@ -7,21 +7,24 @@ line out, both JSON.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from compressor.formats import get_format
-from compressor.formats.base import PackedTensor, QuantFormat
+from compressor.formats.base import PackedTensor, QParams, QuantFormat
+from compressor.formats.codebook import Codebook
 from compressor.formats.float4 import SPLITS, Float4
+from compressor.formats.power import Power
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -31,7 +34,8 @@ class KernelCase:
     """One multiplication to check.
 
     Attributes:
-        format: Name of the weight's format; `fp4:e3m0` and so on for a split of `fp4`.
+        format: Name of the weight's format; `fp4:e3m0` and so on for a split of `fp4`, `power4:0.3` for an exponent,
+            `codebook4:skewed` for a random table without symmetry.
         group: Its group size; None for whole rows, -1 for one scale in all.
         m: Rows of activations.
         n: Rows of the weight.
@@ -41,7 +45,8 @@ class KernelCase:
         codes: `random`, `lowest` or `highest`; or `fitted` to a normal weight.
         x: `normal`, `shifted` (mean 3), `outliers` (some columns 100 times as large), or `strided` (a view).
         bias: Whether there is a bias.
-        config: `[block_m, block_n, block_k, warps, stages, on_weights, carry, split]`; by the tile table if None.
+        config: `[block_m, block_n, block_k, warps, stages, on_weights, carry, split]` and, if true, `registers`; by the
+            tile table if None.
         seed: Of the random numbers.
     """
 
@@ -55,7 +60,9 @@ class KernelCase:
     codes: str = "fitted"
     x: str = "normal"
     bias: bool = False
-    config: tuple[int, int, int, int, int, bool, bool, int] | None = None
+    config: (
+        tuple[int, int, int, int, int, bool, bool, int] | tuple[int, int, int, int, int, bool, bool, int, bool] | None
+    ) = None
     seed: int = 0
 
     def __str__(self) -> str:
@@ -63,6 +70,12 @@ class KernelCase:
         shown = {**asdict(self), "group": {None: "row", -1: "matrix"}.get(self.group, self.group)}
         usual = {key: getattr(type(self), key, None) for key in shown}
         return "-".join(f"{shown[key]}".replace(" ", "") for key in shown if shown[key] != usual[key])
+
+
+class Case(Protocol):
+    """A dataclass of JSON values, in whose module there is a `check(case)`."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -75,7 +88,8 @@ class KernelResult:
         clean: Whether everything was written, and nothing outside the result.
         repeatable: Whether a second call gave the same bits.
         weights_exact: Whether the weight written out dense equals what the format decodes, bit for bit but for the
-            sign of zeros.
+            sign of zeros. Of integer products: whether inputs got the codes, scales and zero points of the reference.
+            Of experts: whether the plain version is as right.
     """
 
     error: float
@@ -89,9 +103,12 @@ def build_weight(case: KernelCase, generator: torch.Generator) -> tuple[PackedTe
     """Return a random packed weight, its format, and what it decodes to in float32."""
     name, _, split = case.format.partition(":")
     scale_dtype = DTYPES[case.scale_dtype or case.dtype]
-    fmt = get_format(name, "tensor" if case.group == -1 else case.group, scale_dtype)
+    if name.startswith("codebook"):  # no name users type: methods bring their own tables
+        fmt: QuantFormat = Codebook(int(name.removeprefix("codebook")), case.group)
+    else:
+        fmt = get_format(name, "tensor" if case.group == -1 else case.group, scale_dtype)
     w = torch.randn(case.n, case.k, generator=generator) * torch.linspace(0.01, 2, case.n)[:, None]
-    q = fmt.fit_table(w, SPLITS[split]) if isinstance(fmt, Float4) else fmt.fit(w)
+    q = _params(fmt, w, split, generator)
     codes = fmt.encode(w, q)
     if case.codes != "fitted":
         codes = _codes(case.codes, codes, fmt.bits, generator)
@@ -119,7 +136,7 @@ def check(case: KernelCase, device: str = "cpu") -> KernelResult:
     outside = frame.clone()
     outside[1:-1, :-16] = torch.nan
     launch.matmul(x, weight, bias, config, out)
-    expected = x.cpu().double() @ dense.double().T
+    expected = x.cpu().double() @ as_multiplied(packed, fmt, dense, x.dtype).double().T
     if bias is not None:
         expected += bias.cpu().double()
     gap = (first.cpu().double() - expected).norm(dim=1)
@@ -157,19 +174,41 @@ class Interpreter:
         self._process.wait(timeout=60)
         self._process.stdout.close()
 
-    def check(self, case: KernelCase) -> KernelResult:
-        """Run one case there.
+    def check(self, case: Case) -> KernelResult:
+        """Run one case there: what `check` of the module that defines it returns.
 
         Raises:
             AssertionError: The kernel raised; the message is its traceback.
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(asdict(case)) + "\n")
+        self._process.stdin.write(json.dumps([type(case).__module__, type(case).__name__, asdict(case)]) + "\n")
         self._process.stdin.flush()
         answer: Mapping[str, Any] = json.loads(self._process.stdout.readline() or '{"traceback": "the process died"}')
         assert "traceback" not in answer, answer["traceback"]
         return KernelResult(**answer)
+
+
+def _params(fmt: QuantFormat, w: Tensor, variant: str, generator: torch.Generator) -> QParams:
+    if isinstance(fmt, Float4):
+        return fmt.fit_table(w, SPLITS[variant])
+    if isinstance(fmt, Power) and variant:
+        return fmt.params(fmt.absmax(w), float(variant))
+    if isinstance(fmt, Codebook) and variant == "skewed":
+        table = torch.randn(1 << fmt.bits, generator=generator).exp_().sub_(1.0)
+        table[3] = 0.0
+        return fmt.fit_table(w, tuple(table.tolist()))
+    return fmt.fit(w)
+
+
+def as_multiplied(packed: PackedTensor, fmt: QuantFormat, dense: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the weight with the entries of tables rounded to the dtype they are multiplied in, float32."""
+    if not isinstance(fmt, Codebook) or isinstance(fmt, Float4):
+        return dense
+    codes, q = fmt.unpack(packed)
+    assert q.codebook is not None, "tables are parameters"
+    unit = 2.0 ** (int(torch.frexp(q.codebook.abs().amax())[1]) - 15)
+    return fmt.decode(codes, replace(q, codebook=(q.codebook / unit).to(dtype).float() * unit))
 
 
 def _codes(kind: str, like: Tensor, bits: int, generator: torch.Generator) -> Tensor:
@@ -194,11 +233,13 @@ def _main() -> None:
 
     torch.set_num_threads(1)
     for line in sys.stdin:
-        fields = json.loads(line)
-        if fields["config"] is not None:
-            fields["config"] = tuple(fields["config"])
+        module_name, class_name, fields = json.loads(line)
         try:
-            answer = asdict(check(KernelCase(**fields)))
+            module = importlib.import_module(module_name)
+            case = getattr(module, class_name)(
+                **{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+            )
+            answer = asdict(module.check(case))
         except Exception:
             answer = {"traceback": traceback.format_exc()}
         print(json.dumps(answer), flush=True)

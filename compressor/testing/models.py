@@ -13,6 +13,8 @@ from transformers import (
     BertModel,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
@@ -171,6 +173,28 @@ def tiny_deepseek(seed: int = 0) -> PreTrainedModel:
         v_head_dim=16,
     )
     return random_model(lambda: DeepseekV3ForCausalLM(config), seed)
+
+
+def tiny_gpt_oss(seed: int = 0, *, hidden_size: int = 64) -> PreTrainedModel:
+    """Build a GPT-OSS: four experts per layer in stacks that are transposed, interleaved and biased, also on disk."""
+    config = GptOssConfig(
+        **{**_TEXT, "hidden_size": hidden_size},
+        num_hidden_layers=2,
+        num_key_value_heads=2,
+        head_dim=16,
+        intermediate_size=64,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"],
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+    )
+    model = random_model(lambda: GptOssForCausalLM(config), seed)
+    generator = torch.Generator().manual_seed(seed)
+    for name, param in model.named_parameters():
+        if name.endswith(("proj_bias", "router.bias")):
+            param.normal_(0, 0.2, generator=generator)  # the class starts them at zero
+    return model
 
 
 def tiny_resnet(seed: int = 0) -> PreTrainedModel:

@@ -10,9 +10,10 @@ import copy
 import json
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -28,6 +29,7 @@ from compressor.vision.complexity import count_macs, count_parameters, latency
 from compressor.vision.cutting import cut_filters
 from compressor.vision.finetune import Training, train
 from compressor.vision.images import read_data
+from compressor.vision.peer import cut_with_torch_pruning
 from compressor.vision.pixels import Pixels, Preprocess
 from compressor.vision.recipe import build_method
 from compressor.vision.scores import evaluate
@@ -41,7 +43,8 @@ class Arm(BaseModel):
 
     Attributes:
         name: Of the way; arms of one name differ in `sparsity`.
-        method: A pruner of kind `vision`.
+        tool: Another tool that cuts instead, with its own importance; None: a method of ours.
+        method: A pruner of kind `vision`, or the tool's importance.
         options: Of the method. With `budget: sensitivity` as many multiply-adds are left as the same share of every
             layer's filters would leave.
         sparsity: Share of the filters to remove.
@@ -51,6 +54,7 @@ class Arm(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
+    tool: Literal["torch-pruning"] | None = None
     method: str
     options: dict[str, Any] = Field(default_factory=dict)
     sparsity: float = Field(ge=0, lt=1)
@@ -97,7 +101,7 @@ def run(experiment: Experiment, result: Path, told: Any = print) -> dict[str, An
         done["original"] = {**_measure(model, test, example), "formats": _rounded(experiment, model, test)}
         _save(result, done)
     for arm in experiment.arms:
-        if any(entry["arm"] == arm.model_dump() for entry in done["arms"]):
+        if any(entry["arm"] == described(arm) for entry in done["arms"]):
             continue
         started = time.process_time()
         entry = _arm(experiment, arm, model, images, test, example)
@@ -107,7 +111,7 @@ def run(experiment: Experiment, result: Path, told: Any = print) -> dict[str, An
         told(
             f"{arm.name} {arm.sparsity:.0%}: balanced accuracy {after:.4f}, {entry['finetuned']['macs']} multiply-adds"
         )
-    wanted = [arm.model_dump() for arm in experiment.arms]
+    wanted = [described(arm) for arm in experiment.arms]
     done["arms"] = sorted((e for e in done["arms"] if e["arm"] in wanted), key=lambda e: wanted.index(e["arm"]))
     _save(result, done)
     return done
@@ -130,6 +134,22 @@ def _arm(
     experiment: Experiment, arm: Arm, original: nn.Module, images: Pixels, test: Pixels, example: torch.Tensor
 ) -> dict[str, Any]:
     model = copy.deepcopy(original)
+    ratios: Mapping[str, float] = {}
+    if arm.tool is not None:
+        cut_with_torch_pruning(model, arm.method, arm.sparsity, images, example, experiment.seed)
+    else:
+        ratios = _cut(experiment, arm, model, images, example)
+    pruned = _measure(model, test, example)
+    settings = Training(**{**experiment.finetune, **arm.finetune}, seed=experiment.seed)
+    train(model, images, settings, CPU)
+    finetuned = {**_measure(model, test, example), "formats": _rounded(experiment, model, test)}
+    return {"arm": described(arm), "pruned": pruned, "finetuned": finetuned, "ratios": ratios}
+
+
+def _cut(
+    experiment: Experiment, arm: Arm, model: nn.Module, images: Pixels, example: torch.Tensor
+) -> Mapping[str, float]:
+    """Cut a model in a way of ours; return the share that went, cluster by cluster."""
     method = build_method(arm.method, arm.options)
     graph = Graph(model, example)
     ratios = uniform(graph.clusters, arm.sparsity, method.options.ratios)
@@ -138,11 +158,12 @@ def _arm(
         macs = Macs(graph)
         share = macs.of(kept_counts(graph, ratios, 1)) / macs.dense
     _, ratios = cut_filters(graph, method, ratios, images, CPU, experiment.seed, share)
-    pruned = _measure(model, test, example)
-    settings = Training(**{**experiment.finetune, **arm.finetune}, seed=experiment.seed)
-    train(model, images, settings, CPU)
-    finetuned = {**_measure(model, test, example), "formats": _rounded(experiment, model, test)}
-    return {"arm": arm.model_dump(), "pruned": pruned, "finetuned": finetuned, "ratios": ratios}
+    return ratios
+
+
+def described(arm: Arm) -> dict[str, Any]:
+    """Return an arm as plain data, as it is kept in results; what is not set is left out."""
+    return arm.model_dump(exclude_none=True)
 
 
 def _measure(model: nn.Module, test: Pixels, example: torch.Tensor) -> dict[str, Any]:

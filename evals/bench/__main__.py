@@ -8,9 +8,10 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from compressor.checkpoint.cache import cache_root
 from compressor.errors import CompressorError, RecipeError
@@ -19,6 +20,9 @@ from compressor.evals.bench.render import render_table
 from compressor.evals.bench.steps import save
 from compressor.evals.bench.table import TABLES, find_table, read_table, results_folder
 
+if TYPE_CHECKING:
+    from compressor.evals.bench.runner import Settings
+
 INCOMPLETE = 3
 """Exit code when chosen rows have no result: a verdict, not an error."""
 
@@ -26,9 +30,14 @@ INCOMPLETE = 3
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code."""
     options = _parser().parse_args(arguments)
+    return guarded(lambda: int(options.command(options)))
+
+
+def guarded(command: Callable[[], int]) -> int:
+    """Run a command and return its exit code; an error is a line and a hint, and a signal ends what is running."""
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        return int(options.command(options))
+        return command()
     except CompressorError as error:
         print(f"error: {error.message}", *([f"hint: {error.hint}"] if error.hint else []), sep="\n", file=sys.stderr)
         return error.exit_code
@@ -45,15 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(required=True, metavar="run|render|list|plant")
     run = verbs.add_parser("run", help="make the rows that have no result yet, then the page")
     run.add_argument("table", help="YAML file, or the name of one of the project's tables")
-    run.add_argument("--rows", default="*", metavar="GLOB", help="only rows whose name matches, and the original")
-    run.add_argument("--data-dir", type=Path, default=Path(), metavar="DIR", help="folder with the table's texts")
-    run.add_argument("--work", type=Path, metavar="DIR", help="folder for checkpoints and logs; default: the cache")
-    run.add_argument("--results", type=Path, metavar="DIR", help="folder of the row files")
-    run.add_argument("--env", action="append", default=[], metavar="TOOL=PYTHON", help="interpreter of another tool")
-    run.add_argument("--threads", type=int, default=1, help="threads of every command (default 1)")
-    run.add_argument("--device", default="cpu", help="auto, cpu, cuda, ... (default cpu)")
-    run.add_argument("--rerun", action="store_true", help="make rows again that have a result")
-    run.add_argument("--keep", action="store_true", help="leave checkpoints and logs in the work folder")
+    add_run_options(run)
     run.set_defaults(command=_run)
     render = verbs.add_parser("render", help="write the page from the row files")
     render.add_argument("table", help="YAML file, or the name of one of the project's tables")
@@ -69,15 +70,31 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(options: argparse.Namespace) -> int:
-    # Imported here: it loads torch, which pages are made without.
-    from compressor.evals.bench.runner import Settings, run_table
-    from compressor.evals.bench.vision import is_vision, run_vision_table
+def add_run_options(run: argparse.ArgumentParser) -> None:
+    """Add the flags of `run` that say which rows are made, where and how."""
+    run.add_argument("--rows", default="*", metavar="GLOB", help="only rows whose name matches, and the original")
+    run.add_argument("--data-dir", type=Path, default=Path(), metavar="DIR", help="folder with the table's texts")
+    run.add_argument("--work", type=Path, metavar="DIR", help="folder for checkpoints and logs; default: the cache")
+    run.add_argument("--results", type=Path, metavar="DIR", help="folder of the row files")
+    run.add_argument("--env", action="append", default=[], metavar="TOOL=PYTHON", help="interpreter of another tool")
+    run.add_argument("--threads", type=int, default=1, help="threads of every command (default 1)")
+    run.add_argument("--device", default="cpu", help="auto, cpu, cuda, ... (default cpu)")
+    run.add_argument("--rerun", action="store_true", help="make rows again that have a result")
+    run.add_argument("--keep", action="store_true", help="leave checkpoints and logs in the work folder")
 
-    path = find_table(options.table)
+
+def settings_of(options: argparse.Namespace, path: Path) -> Settings:
+    """Return what those flags say about a table.
+
+    Raises:
+        RecipeError: Fewer threads than one, or a malformed `--env`.
+    """
+    # Imported here: it loads torch, which pages are made without.
+    from compressor.evals.bench.runner import Settings
+
     if options.threads < 1:
         raise RecipeError(f"--threads {options.threads}: at least 1")
-    settings = Settings(
+    return Settings(
         data=options.data_dir,
         work=options.work or cache_root() / "bench" / path.stem,
         results=options.results or results_folder(path),
@@ -88,6 +105,15 @@ def _run(options: argparse.Namespace) -> int:
         rerun=options.rerun,
         keep=options.keep,
     )
+
+
+def _run(options: argparse.Namespace) -> int:
+    # Imported here: it loads torch, which pages are made without.
+    from compressor.evals.bench.runner import run_table
+    from compressor.evals.bench.vision import is_vision, run_vision_table
+
+    path = find_table(options.table)
+    settings = settings_of(options, path)
     make = run_vision_table if is_vision(path) else run_table
     summary = make(path, settings, say=lambda text: print(text, flush=True))
     _write_page(path, options.results)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from compressor.checkpoint.default_model import EMBEDDED
 from compressor.checkpoint.resolve import HUB_ID, resolve_model
 from compressor.checkpoint.source import Source
 from compressor.errors import CheckpointError, RecipeError
+from compressor.evals.bench.row import Preset, Row, TextFile
 from compressor.evals.bench.table import Table
 from compressor.files import sha256_file
 from compressor.recipe import CalibrationSpec
@@ -26,6 +28,7 @@ class Inputs:
         bits_per_weight: Bits of the dtype its weights are stored in.
         calibration: Text file.
         evaluation: Text file.
+        texts: Row -> what `--data` is told, where it is not the table's text.
     """
 
     model: Path
@@ -35,6 +38,11 @@ class Inputs:
     bits_per_weight: float
     calibration: Path
     evaluation: Path
+    texts: Mapping[str, str] = field(default_factory=dict)
+
+    def text_of(self, row: Row) -> str:
+        """Return what `--data` is told for a row."""
+        return self.texts.get(row.name, str(self.calibration))
 
 
 def find_inputs(table: Table, data: Path, work: Path) -> Inputs:
@@ -44,10 +52,12 @@ def find_inputs(table: Table, data: Path, work: Path) -> Inputs:
         RecipeError: A text is not in the data folder.
         CheckpointError: A text is not the one the table names, or the model cannot be read.
     """
-    texts = [_text(data, spec.file, spec.sha256) for spec in (table.calibration, table.evaluation)]
-    for index, spec in enumerate((table.calibration, table.evaluation)):
-        if spec.part is not None:
-            texts[index] = _part(texts[index], spec.part, work)
+    calibration, evaluation = (_find_text(spec, data, work) for spec in (table.calibration, table.evaluation))
+    own = {
+        row.name: row.text.preset if isinstance(row.text, Preset) else str(_find_text(row.text, data, work))
+        for row in table.rows
+        if row.text is not None
+    }
     folder, argument = find_model(table, data)
     if table.planted is not None:
         # Imported here: it builds the model, which other tables do without.
@@ -58,7 +68,7 @@ def find_inputs(table: Table, data: Path, work: Path) -> Inputs:
     source = Source.open(folder)
     bits = {"F64": 64.0, "F32": 32.0, "F16": 16.0, "BF16": 16.0}[source.dtype]
     stored = sum(info.nbytes for info in source.tensors.values())
-    return Inputs(folder, argument, source.fingerprint, stored, bits, texts[0], texts[1])
+    return Inputs(folder, argument, source.fingerprint, stored, bits, calibration, evaluation, own)
 
 
 def find_model(table: Table, data: Path) -> tuple[Path, str]:
@@ -100,6 +110,11 @@ def write_tokens(table: Table, inputs: Inputs, folder: Path) -> tuple[Path, Path
     for path, tokens in zip(paths, (windows, scored), strict=True):
         np.save(path, tokens.numpy())
     return paths
+
+
+def _find_text(spec: TextFile, data: Path, work: Path) -> Path:
+    path = _text(data, spec.file, spec.sha256)
+    return path if spec.part is None else _part(path, spec.part, work)
 
 
 def _part(path: Path, part: tuple[float, float], work: Path) -> Path:

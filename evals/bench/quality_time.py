@@ -15,8 +15,9 @@ from xml.sax.saxutils import escape
 
 from compressor.errors import CheckpointError, CompressorError
 from compressor.evals.bench.record import read_record
+from compressor.evals.bench.row import Row
 from compressor.evals.bench.steps import save
-from compressor.evals.bench.table import Row, Table, find_table, read_table, results_folder
+from compressor.evals.bench.table import Table, find_table, read_table, results_folder
 
 WIDTH, HEIGHT = 720, 400
 LEFT, RIGHT, TOP, BOTTOM = 70, 190, 40, 50

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from compressor.errors import CheckpointError
+from compressor.evals.bench.leads import leads_section
 from compressor.evals.bench.machine import sentence
 from compressor.evals.bench.record import Record, read_record
+from compressor.evals.bench.row import ORIGINAL, Row
 from compressor.evals.bench.seeds import seeds_section
-from compressor.evals.bench.table import ORIGINAL, Row, Table, read_table, results_folder
+from compressor.evals.bench.table import Table, read_table, results_folder
 from compressor.evals.paired import paired_difference
 from compressor.evals.results import Estimate
 from compressor.evals.tasks import EMBEDDINGS
@@ -86,6 +88,7 @@ def render_table(path: Path, results: Path | None = None) -> str:
         "",
         _LEGEND if table.evaluation.sentences is None else _SENTENCE_LEGEND,
         *seeds_section(table, records),
+        *leads_section(table, records),
         *_failures(table, records),
         *_provenance(table, records),
     ]

@@ -16,20 +16,19 @@ from compressor.evals.bench.inputs import Inputs, write_tokens
 from compressor.evals.bench.machine import describe
 from compressor.evals.bench.pruning import CURVE, found_state, joined, keep_state, read_curve
 from compressor.evals.bench.record import Record
+from compressor.evals.bench.row import Row
 from compressor.evals.bench.steps import Cost, Surroundings, run_step
-from compressor.evals.bench.table import Row, Table
+from compressor.evals.bench.table import Table
+from compressor.evals.bench.tools import SCRIPTS, bits_per_weight, tool_arguments
 from compressor.evals.results import Evaluation
 from compressor.evals.tasks import EMBEDDINGS
 
 EXTERNAL = Path(__file__).parent / "external"
-SCRIPTS = {"llmcompressor": "llmcompressor_row.py", "autoround": "autoround_row.py"}
 CHECKPOINT = "checkpoint"
 PRUNED = "pruned"
 """Folder of a pruned checkpoint that is going to be quantized."""
 
 COMPRESS = (sys.executable, "-m", "compressor")
-SCALE_BITS = 16
-"""Of AutoRound's symmetric integers: one float16 scale per group."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +64,10 @@ class Bench:
         folder.mkdir(parents=True, exist_ok=True)
         if row.is_original:
             return self._original(row, folder)
-        if row.tool is None:
-            return self._ours(row, folder)
         assert original is not None
         assert original.evaluation is not None
+        if row.tool is None:
+            return self._ours(row, folder, original.evaluation)
         return self._foreign(row, folder, original.evaluation)
 
     def base(self, row: Row) -> Record:
@@ -94,13 +93,17 @@ class Bench:
             evaluation=evaluation,
         )
 
-    def _ours(self, row: Row, folder: Path) -> Record:
+    def _ours(self, row: Row, folder: Path, original: Evaluation) -> Record:
         # --force: an unfinished result of a killed run is thrown away, or its time would be that of the rest alone.
         costs = {"quantize": self._compress(row, folder)}
         report = _read(folder / CHECKPOINT / "compress_report.json")
         curve = folder / CHECKPOINT / CURVE
-        arguments = self._eval_arguments(CHECKPOINT, self.inputs.model_argument)
-        costs["evaluate"] = self._run(folder, "evaluate", row, [*COMPRESS, *arguments])
+        if self.table.by_stock(row):
+            evaluation, costs["evaluate"] = self._scored_by_stock(row, folder, original)
+        else:
+            arguments = self._eval_arguments(CHECKPOINT, self.inputs.model_argument)
+            costs["evaluate"] = self._run(folder, "evaluate", row, [*COMPRESS, *arguments])
+            evaluation = self._evaluation(folder, row.name)
         return replace(
             self.base(row),
             versions=report["versions"],
@@ -110,7 +113,7 @@ class Bench:
             sparsity=report.get("sparsity") if row.prune else None,
             curve=read_curve(curve) if curve.is_file() else None,
             cost=costs,
-            evaluation=self._evaluation(folder, row.name),
+            evaluation=evaluation,
         )
 
     def _compress(self, row: Row, folder: Path) -> Cost:
@@ -142,41 +145,44 @@ class Bench:
         assert row.prune is not None
         calibration = self.table.calibration
         arguments = ["prune", self.inputs.model_argument, *row.prune.arguments(state, done)]
-        arguments += ["--data", str(self.inputs.calibration)]
-        arguments += ["--n-samples", str(calibration.samples), "--seq-len", str(calibration.seq_len)]
+        arguments += ["--data", self.inputs.text_of(row)]
+        arguments += ["--n-samples", str(row.samples or calibration.samples)]
+        arguments += ["--seq-len", str(row.seq_len or calibration.seq_len)]
         arguments += ["--seed", str(self.table.seed_of(row)), "--device", self.around.device]
         return [*arguments, "--output", output, "--force", "--quiet"]
 
     def _foreign(self, row: Row, folder: Path, original: Evaluation) -> Record:
-        # Imported here: transformers takes seconds, and rows of ours need it in their own processes only.
-        from compressor.evals.bench.stock import evaluation_from_scores
-
         assert row.tool is not None
-        calibration, scored = write_tokens(self.table, self.inputs, self.work / "tokens")
-        model = str(self.inputs.model)
-        making = [self.environments[row.tool], str(EXTERNAL / SCRIPTS[row.tool]), "--model", model]
+        calibration, _ = write_tokens(self.table, self.inputs, self.work / "tokens")
+        making = [self.environments[row.tool], str(EXTERNAL / SCRIPTS[row.tool]), "--model", str(self.inputs.model)]
         making += ["--tokens", str(calibration), "--output", CHECKPOINT, "--report", "tool.json"]
         making += ["--seed", str(self.table.seed_of(row)), *tool_arguments(row)]
-        making += ["--device", self.around.device] if row.tool == "autoround" else []
-        scoring = [sys.executable, str(EXTERNAL / "stock_score.py"), "--model", CHECKPOINT, "--baseline", model]
-        scoring += ["--tokens", str(scored), "--context", str(self.table.evaluation.context)]
-        segment = original.tasks["perplexity"].settings["segment"]
-        scoring += ["--segment", str(segment), "--report", "scores.json"]
+        making += ["--device", self.around.device] if row.tool != "llmcompressor" else []
         costs = {"quantize": self._run(folder, "quantize", row, making, foreign=True)}
         report = _read(folder / "tool.json")
-        costs["evaluate"] = self._run(folder, "evaluate", row, scoring)
-        scores = _read(folder / "scores.json")
-        bits = report.get("bits_per_weight")
-        if bits is None:  # an export of dequantized weights: what the packed one would take
-            bits = int(str(row.format).removeprefix("int")) + SCALE_BITS / int(str(row.group_size))
+        evaluation, costs["evaluate"] = self._scored_by_stock(row, folder, original)
         return replace(
             self.base(row),
             versions=report["versions"],
             weight_bytes=report.get("weight_bytes"),
-            bits_per_weight=bits,
+            bits_per_weight=bits_per_weight(row, report),
+            sparsity=report.get("sparsity"),
             cost=costs,
-            evaluation=evaluation_from_scores(scores, original, row.name, costs["evaluate"].seconds),
+            evaluation=evaluation,
         )
+
+    def _scored_by_stock(self, row: Row, folder: Path, original: Evaluation) -> tuple[Evaluation, Cost]:
+        """Score a row's checkpoint by a program that knows nothing of this package."""
+        # Imported here: transformers takes seconds, and rows scored by `compress eval` need it in that process only.
+        from compressor.evals.bench.stock import evaluation_from_scores
+
+        _, scored = write_tokens(self.table, self.inputs, self.work / "tokens")
+        scoring = [sys.executable, str(EXTERNAL / "stock_score.py"), "--model", CHECKPOINT]
+        scoring += ["--baseline", str(self.inputs.model), "--tokens", str(scored)]
+        segment = original.tasks["perplexity"].settings["segment"]
+        scoring += ["--context", str(self.table.evaluation.context), "--segment", str(segment)]
+        cost = self._run(folder, "evaluate", row, [*scoring, "--report", "scores.json"])
+        return evaluation_from_scores(_read(folder / "scores.json"), original, row.name, cost.seconds), cost
 
     def request(self, row: Row, step: str) -> dict[str, Any]:
         """Return what a step depends on, free of paths: the key for not doing it twice."""
@@ -199,8 +205,9 @@ class Bench:
         arguments += ["--attention", row.attention] if row.attention else []
         for key, value in row.options.items():
             arguments += ["--option", f"{key}={value if isinstance(value, str) else json.dumps(value)}"]
-        arguments += ["--data", str(self.inputs.calibration)]
-        arguments += ["--n-samples", str(row.samples or calibration.samples), "--seq-len", str(calibration.seq_len)]
+        arguments += ["--data", self.inputs.text_of(row)]
+        arguments += ["--n-samples", str(row.samples or calibration.samples)]
+        arguments += ["--seq-len", str(row.seq_len or calibration.seq_len)]
         arguments += ["--seed", str(self.table.seed_of(row)), "--device", self.around.device]
         return [*arguments, "--output", CHECKPOINT, "--force", "--quiet"]
 
@@ -221,16 +228,18 @@ class Bench:
 
     def _display(self, row: Row) -> list[list[str]]:
         """Return the commands as a person would type them, without what only the runner needs."""
-        machinery = {"--force", "--no-cache", "--quiet"}
         if row.tool is not None:
             return [["python", SCRIPTS[row.tool], *tool_arguments(row), "--seed", str(self.table.seed_of(row))]]
         name = self.table.model_name
         lines = [] if row.is_original else [self._quantize_arguments(row, PRUNED if row.prune else None)]
         if row.prune is not None:
             lines = [self._prune_arguments(row, PRUNED if row.method else CHECKPOINT), *(lines if row.method else [])]
+        if self.table.by_stock(row):
+            scoring = ["--model", CHECKPOINT, "--baseline", name, "--context", str(self.table.evaluation.context)]
+            return [*(["compress", *_shown(line)] for line in lines), ["python", "stock_score.py", *scoring]]
         beside = self._beside(name) if row.is_original else name
         lines.append(self._eval_arguments(name if row.is_original else CHECKPOINT, beside))
-        return [["compress", *(word for word in line if word not in machinery)] for line in lines]
+        return [["compress", *_shown(line)] for line in lines]
 
     def _evaluation(self, folder: Path, name: str) -> Evaluation:
         """Read what `compress eval` wrote; names that are paths become the row's, the model's and the text's."""
@@ -261,13 +270,8 @@ def expert_tokens(report: dict[str, Any]) -> dict[str, float] | None:
     }
 
 
-def tool_arguments(row: Row) -> list[str]:
-    """Return the flags that say what a tool is to do, as its script in `external/` takes them."""
-    assert row.format is not None
-    group = ["--group-size", row.group_size] if row.group_size else []
-    if row.tool == "llmcompressor":
-        return ["--algorithm", str(row.algorithm), "--format", row.format, *group]
-    return ["--bits", row.format.removeprefix("int"), "--iters", str(row.iters), *group]
+def _shown(words: list[str]) -> list[str]:
+    return [word for word in words if word not in ("--force", "--no-cache", "--quiet")]
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -14,9 +14,11 @@ from filelock import FileLock, Timeout
 from compressor.errors import CompressorError, RecipeError, ResourceError, disk_error
 from compressor.evals.bench.inputs import find_inputs
 from compressor.evals.bench.record import Record, read_record
-from compressor.evals.bench.rows import SCRIPTS, Bench
+from compressor.evals.bench.row import ORIGINAL, Row, TextFile
+from compressor.evals.bench.rows import Bench
 from compressor.evals.bench.steps import Surroundings
-from compressor.evals.bench.table import DIGEST_CHARS, ORIGINAL, Row, Table, read_table
+from compressor.evals.bench.table import DIGEST_CHARS, Table, read_table
+from compressor.evals.bench.tools import SCRIPTS
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ def _prepare(table: Table, settings: Settings) -> Bench:
     hidden = {
         str(inputs.calibration): table.calibration.file,
         str(inputs.evaluation): table.evaluation.file,
+        **{inputs.texts[row.name]: row.text.file for row in table.rows if isinstance(row.text, TextFile)},
         inputs.model_argument: table.model_name,
         str(inputs.model): table.model_name,
         str(settings.data.resolve()): "DATA",

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
 
 from compressor.evals.bench.record import Record
-from compressor.evals.bench.table import Row, Table
+from compressor.evals.bench.row import Row
+from compressor.evals.bench.table import Table
 
 HEAD = (
     "row",

@@ -18,7 +18,8 @@ from compressor.evals.results import Estimate, Evaluation, Model, Samples, TaskR
 TOLERANCE = 1e-3
 """Largest difference of the original's perplexity between this package and stock transformers, relative."""
 
-EXECUTION_PATH = "stock transformers, weights dequantized"
+PATHS = {False: "stock transformers, weights dequantized", True: "stock transformers, inputs rounded"}
+"""Whether inputs are rounded -> how the model was run."""
 
 
 def evaluation_from_scores(scores: Mapping[str, Any], original: Evaluation, name: str, seconds: float) -> Evaluation:
@@ -47,7 +48,7 @@ def evaluation_from_scores(scores: Mapping[str, Any], original: Evaluation, name
     }
     kl = replace(base, metrics=metrics, samples=divergences)
     return Evaluation(
-        model=Model(name, None, str(scores["fingerprint"]), EXECUTION_PATH, "float32"),
+        model=Model(name, None, str(scores["fingerprint"]), PATHS[bool(scores.get("rounds_inputs"))], "float32"),
         baseline=original.model,
         versions=dict(scores["versions"]),
         seed=original.seed,

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from compressor.errors import RecipeError
-from compressor.evals.bench.pruning import Prune
+from compressor.evals.bench.row import ORIGINAL, Row, Strict, TextFile
 from compressor.formats import BUILDERS
 from compressor.formats.activations import get_input_format
 
@@ -25,36 +25,17 @@ TABLES = Path(__file__).parent / "tables"
 RESULTS = Path(__file__).parent / "results"
 """Their results, a folder for each."""
 
-ORIGINAL = "original"
-"""Name of the row every table begins with: the model as it is."""
-
 DIGEST_CHARS = 12
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class _Text(_Strict):
-    file: str = Field(pattern=r"^[^/\\]+\.(txt|jsonl)$", description="file name inside --data-dir")
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="of the file; another text is another table")
-    part: tuple[float, float] | None = Field(None, description="from where to where, as shares of its characters")
-
-    @model_validator(mode="after")
-    def _in_order(self) -> _Text:
-        if self.part is not None and not 0 <= self.part[0] < self.part[1] <= 1:
-            raise ValueError(f"part {list(self.part)} is not a start and a stop between 0 and 1")
-        return self
-
-
-class Calibration(_Text):
+class Calibration(TextFile):
     """Text the methods see."""
 
     samples: int = Field(ge=1)
     seq_len: int = Field(ge=2)
 
 
-class EvaluationText(_Text):
+class EvaluationText(TextFile):
     """Text the models are scored on: so many tokens in windows, or for encoders so many sentences."""
 
     tokens: int | None = Field(None, ge=2)
@@ -68,7 +49,7 @@ class EvaluationText(_Text):
         return self
 
 
-class Planted(_Strict):
+class Planted(Strict):
     """Outlier channels in a copy of the model that computes the same; see `planted.py`."""
 
     channels: int = Field(4, ge=1, description="loud channels behind every norm")
@@ -84,72 +65,7 @@ class Planted(_Strict):
         return self
 
 
-class Row(_Strict):
-    """One row: a recipe of ours, or a call of another tool.
-
-    Attributes:
-        name: Shown in the table, unique in it.
-        method: Method of ours; None for the original and other tools' rows.
-        format: Format of the weights.
-        group_size: Inputs per scale, `channel`, or what else `--group-size` takes; None is the format's default.
-        inputs: Format the inputs of layers are rounded to, or None.
-        attention: Floats the operands of attention are rounded to, or None.
-        options: Options of our method.
-        samples: Calibration samples instead of the table's, for methods that read more when they learn longer.
-        seed: Seed instead of the table's; rows that differ in it alone make one line of the page.
-        tool: The other tool, or None.
-        prune: What is pruned first; without a method of ours that is all.
-        algorithm: llm-compressor: `gptq` or `rtn`.
-        iters: AutoRound: steps per block.
-    """
-
-    name: str = Field(min_length=1)
-    method: str | None = None
-    format: str | None = None
-    group_size: str | None = None
-    inputs: str | None = None
-    attention: str | None = None
-    options: dict[str, Any] = Field(default_factory=dict)
-    samples: int | None = Field(None, ge=1)
-    seed: int | None = Field(None, ge=0)
-    prune: Prune | None = None
-    tool: Literal["llmcompressor", "autoround"] | None = None
-    algorithm: Literal["gptq", "rtn"] | None = None
-    iters: int | None = Field(None, ge=0)
-
-    @model_validator(mode="after")
-    def _complete(self) -> Row:
-        wanted = {
-            None: {"method", "format", "group_size", "inputs", "attention", "options", "samples", "seed", "prune"},
-            "llmcompressor": {"tool", "algorithm", "format", "group_size", "seed"},
-            "autoround": {"tool", "iters", "format", "group_size", "seed"},
-        }[self.tool]
-        given = {name for name, value in self if name != "name" and value not in (None, {})}
-        if self.name == ORIGINAL:
-            if given:
-                raise ValueError(f"the row {ORIGINAL!r} comes by itself, name this one otherwise")
-            return self
-        if given - wanted:
-            raise ValueError(f"{', '.join(sorted(given - wanted))} means nothing for {self.tool or 'a row of ours'}")
-        missing = wanted - given - {"group_size", "inputs", "attention", "options", "samples", "seed", "prune"}
-        if self.prune is not None and not given & {"method", "format", "group_size", "inputs", "attention", "options"}:
-            missing = set()  # pruned and not rounded
-        if missing:
-            raise ValueError(f"{', '.join(sorted(missing))} is missing")
-        integers = str(self.format).startswith("int")
-        if self.tool == "autoround" and not integers:
-            raise ValueError(f"autoround rows are integers, not {self.format!r}")
-        if self.tool is not None and integers and not str(self.group_size).isdecimal():
-            raise ValueError(f"group_size is {self.group_size!r}, {self.tool} needs a number for {self.format}")
-        return self
-
-    @property
-    def is_original(self) -> bool:
-        """True for the model as it is."""
-        return self.name == ORIGINAL
-
-
-class Table(_Strict):
+class Table(Strict):
     """A table.
 
     Attributes:
@@ -160,6 +76,7 @@ class Table(_Strict):
         seed: Seed of everything random, other tools' too.
         calibration: Text the methods see.
         evaluation: Text the models are scored on.
+        reader: What scores our rows: `compress eval`, or stock transformers as it does other tools' rows.
         rows: In the order in which they run; the original is the first.
     """
 
@@ -170,6 +87,7 @@ class Table(_Strict):
     seed: int = Field(0, ge=0)
     calibration: Calibration
     evaluation: EvaluationText
+    reader: Literal["compress", "stock"] = "compress"
     rows: tuple[Row, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -184,14 +102,18 @@ class Table(_Strict):
                 raise ValueError(f"row {row.name!r} has the file name {key} of another row")
             if row.prune is not None and row.prune.after is not None and row.prune.after not in names:
                 raise ValueError(f"row {row.name!r} goes on after {row.prune.after!r}, which is no row")
-            if row.tool is not None and self.evaluation.sentences is not None:
-                raise ValueError(f"row {row.name!r}: other tools' rows are scored on tokens, not on sentences")
+            if self.by_stock(row) and self.evaluation.sentences is not None:
+                raise ValueError(f"row {row.name!r}: stock transformers scores tokens, not sentences")
         return self
 
     @property
     def model_name(self) -> str:
         """Name of the model that rows start from."""
         return self.model if self.planted is None else f"{self.model}-planted"
+
+    def by_stock(self, row: Row) -> bool:
+        """Return whether stock transformers scores a row; the original is always scored by `compress eval`."""
+        return not row.is_original and (row.tool is not None or self.reader == "stock")
 
     def key(self, row: Row) -> str:
         """Return the name of a row's result file, without suffix: readable name and digest."""
@@ -216,14 +138,16 @@ class Table(_Strict):
             )
             described["calibration"] = self.calibration.model_dump(exclude_none=True)
             described["seed"] = self.seed_of(row)
+            if row.tool is None and self.reader != "compress":  # other tools' rows have one reader only
+                described["reader"] = self.reader
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
 def read_table(path: Path) -> Table:
     """Read a table.
 
-    A row whose `method` or `format` is a list stands for all combinations, format by format; its name is made from
-    `label` (else the method), format and group size. One with `seeds` stands for a row with each of them.
+    A row whose `method`, `format` or `algorithm` is a list stands for all combinations, format by format; its name is
+    made from `label` (else the method), format and group size. One with `seeds` stands for a row with each of them.
 
     Raises:
         RecipeError: Unreadable, not YAML, or not a table; the message names the field.
@@ -270,6 +194,10 @@ def results_folder(path: Path) -> Path:
 
 def _expanded(entry: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Turn one entry of `rows` into rows."""
+    if isinstance(entry.get("algorithm"), list):
+        for algorithm in entry["algorithm"]:
+            yield from _expanded({**entry, "algorithm": algorithm})
+        return
     rest = {key: value for key, value in entry.items() if key not in ("method", "format", "label", "name")}
     if isinstance(rest.get("group_size"), int):
         rest["group_size"] = str(rest["group_size"])
@@ -290,7 +218,7 @@ def _expanded(entry: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def _check_names(row: Row, path: Path) -> None:
     """Refuse a format that does not exist; a method that does not exist yet fails when its row is run."""
-    if row.is_original or (row.prune is not None and row.method is None):
+    if row.format is None:  # the original, and rows that only prune
         return
     if row.format not in BUILDERS:
         raise RecipeError(f"{path}: row {row.name!r}: unknown format {row.format!r}", f"one of {', '.join(BUILDERS)}")

@@ -44,13 +44,15 @@ class Arm(_Strict):
 
     Attributes:
         name: Shown in the table, unique in it.
-        method: A pruner of kind `vision`.
+        tool: Another tool that cuts instead, with its own importance; None: a method of ours.
+        method: A pruner of kind `vision`, or the tool's importance.
         options: Of the method.
         finetune: Fields of the training after the cut that differ from the table's.
         sparsities: Only these; None: all of the table's.
     """
 
     name: str = Field(min_length=1)
+    tool: Literal["torch-pruning"] | None = None
     method: str
     options: dict[str, Any] = Field(default_factory=dict)
     finetune: dict[str, Any] = Field(default_factory=dict)
@@ -93,7 +95,7 @@ class VisionTable(_Strict):
     def spec(self, seed: int, data: str) -> dict[str, Any]:
         """Return what the program is told."""
         arms = [
-            {**arm.model_dump(exclude={"sparsities"}), "sparsity": share}
+            {**arm.model_dump(exclude={"sparsities"}, exclude_none=True), "sparsity": share}
             for arm in self.arms
             for share in arm.sparsities or self.sparsities
         ]

@@ -126,6 +126,19 @@ def memory(model: Model, processes: int, statistics: bool) -> float:
     return total
 
 
+def least_memory(model: Model) -> float | None:
+    """Return the bytes of tensors that `gptq` needs with one expert at a time; None for models without experts."""
+    experts = [m for m in model.matrices if m.copies > 1]
+    if not experts:
+        return None
+    others = [m for m in model.matrices if m.copies == 1]
+    weights = sum(m.rows * m.columns for m in (*others, *experts))
+    # Total and open lane; those of experts and those of the others are never there together.
+    sums = (2 * STATISTIC * sum(m.columns**2 / m.shared for m in some) for some in (others, experts))
+    solver = WORKSPACE * STATISTIC * max(max(m.rows, m.columns) * m.columns for m in model.matrices)
+    return max(6.0 * weights + max(sums) + solver, 6.0 * model.outside)
+
+
 def hidden_states(model: Model, tokens: int, streams: int = 1) -> int:
     """Return the bytes of hidden states on disk: those that enter a block and those that leave it."""
     return 2 * streams * tokens * model.hidden * STATISTIC
@@ -153,7 +166,8 @@ def predict(results: Sequence[Mapping[str, Any]], tokens: int = 128 * 2048, bits
         bits: Stored bits of a weight.
     """
     by_method = {method: _find(results, method) for method in ("rtn", CORRELATED)}
-    head = ("model", "RAM `rtn`", "RAM `gptq`", "source on disk", "result", "hidden states", "`rtn`", "`gptq`")
+    memories, disk = ("RAM `rtn`", "RAM `gptq`", "at least"), ("source on disk", "result", "hidden states")
+    head = ("model", *memories, *disk, "`rtn`", "`gptq`")
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for model in MODELS:
         all_weights = model.weights * model.blocks
@@ -161,6 +175,7 @@ def predict(results: Sequence[Mapping[str, Any]], tokens: int = 128 * 2048, bits
             model.name,
             _gb(memory(model, 1, statistics=False)),
             _gb(memory(model, 1, statistics=True)),
+            "" if (least := least_memory(model)) is None else _gb(least),
             _gb(2.0 * (all_weights + model.outside)),
             _gb(bits / 8 * all_weights + 2.0 * model.outside),
             _gb(hidden_states(model, tokens)),

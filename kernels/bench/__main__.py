@@ -19,7 +19,10 @@ T = TypeVar("T")
 def empty_report(formats: Sequence[Row], layers: Sequence[str], rows: Sequence[int]) -> Report:
     """Return the table with nothing measured."""
     cells = [
-        Cell(row.name, layer, m, row.weight_bytes(*LAYERS[layer])) for row in formats for layer in layers for m in rows
+        Cell(row.name, layer, m, row.touched_bytes(*LAYERS[layer], m))
+        for row in formats
+        for layer in layers
+        for m in rows
     ]
     repack: dict[str, float | None] = {row.name: None for row in formats}
     return Report(Machine(versions={"torch": str(torch.__version__)}), tuple(cells), repack)

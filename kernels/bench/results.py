@@ -40,12 +40,12 @@ class Cell:
         format: Name of the format.
         layer: Key of `roofline.LAYERS`.
         m: Rows of activations.
-        weight_bytes: Bytes of the packed weight.
+        weight_bytes: Bytes of the packed weight, or of the experts that were needed.
         seconds: Time of one call; None if not measured, as the others.
         dense_seconds: The same of cuBLAS with a bfloat16 weight.
         peers: Time of other kernels on the same weight, by name.
         error: Relative error of the result against float64.
-        path: Which kernel ran: `small`, `large` or `dequant`.
+        path: Which kernel ran: `small`, `large`, `dequant`, `int`, or `grouped` and its rows per tile.
     """
 
     format: str

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from compressor.kernels.gpu.layout import CODES
+from compressor.kernels.gpu.layout import CODES, TABLE_WORDS, TABLES
 
 LAYERS: dict[str, tuple[int, int]] = {
     "7B qkv": (12288, 4096),
@@ -17,6 +17,9 @@ LAYERS: dict[str, tuple[int, int]] = {
     "70B down": (8192, 28672),
 }
 """Linear layers of Llama's shapes, `[out, in]`, fused as runtimes fuse them."""
+
+PER_TOKEN = 2
+"""Experts that every row of activations goes to."""
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024)
 
@@ -32,6 +35,8 @@ class Row:
         group: Columns per scale; 0 for whole rows.
         scale_bytes: Bytes of one scale.
         stored: Name and group size of the format on disk.
+        inputs: What inputs are rounded to before an integer product; empty for products with weights alone.
+        experts: Experts of a layer, of which every row of activations goes to `PER_TOKEN`; 0 for plain layers.
     """
 
     name: str
@@ -40,9 +45,22 @@ class Row:
     group: int
     scale_bytes: int
     stored: tuple[str, int | None]
+    inputs: str = ""
+    experts: int = 0
 
     def weight_bytes(self, n: int, k: int) -> int:
-        """Return the bytes a matrix takes in memory, padding left out."""
+        """Return the bytes a matrix takes in memory, padding left out; of experts one."""
+        if self.inputs:  # scales are float32, and so is a sum per row
+            return n * k * int(self.grid.removeprefix("int")) // 8 + 4 * n * (1 + k // (self.group or k))
+        if self.grid in TABLES:
+            return self._code_bytes(n, k) + 4 * 3 * TABLE_WORDS
+        return self._code_bytes(n, k)
+
+    def touched_bytes(self, n: int, k: int, m: int) -> int:
+        """Return the bytes of weights that `m` rows of activations need, spread evenly over experts."""
+        return self.weight_bytes(n, k) * (min(self.experts, m * PER_TOKEN) if self.experts else 1)
+
+    def _code_bytes(self, n: int, k: int) -> int:
         codes = n * k * (3 if self.grid == "int3" else 32 // CODES[self.grid]) // 8
         return codes + (n * k // self.group * self.scale_bytes if self.group else 0) + (4 * n if self._has_rows else 0)
 
@@ -60,6 +78,14 @@ FORMATS: tuple[Row, ...] = (
     Row("e3m0 channel", "e3m0", "channel", 0, 0, ("fp4", None)),
     Row("int2 g128", "int2", "group", 128, 2, ("int2", 128)),
     Row("int3 g128", "int3", "group", 128, 2, ("int3", 128)),
+    Row("power4 g128", "table8", "group", 128, 2, ("power4", 128)),
+    Row("power4 channel", "table8", "channel", 0, 0, ("power4", None)),
+    Row("int4 g128, 8 experts", "int4", "group", 128, 2, ("int4", 128), experts=8),
+    Row("nvfp4, 8 experts", "e2m1", "nvfp4", 16, 1, ("nvfp4", 16), experts=8),
+    Row("power4 g128, 8 experts", "table8", "group", 128, 2, ("power4", 128), experts=8),
+    Row("int8 x int8", "int8", "channel", 0, 4, ("int8", None), "int8-token"),
+    Row("int4 x int8", "int4", "channel", 0, 4, ("int4", None), "int8-token"),
+    Row("int4 g128 x int8", "int4", "group", 128, 4, ("int4", 128), "int8-token"),
     Row("int8 channel", "int8", "channel", 0, 0, ("int8", None)),
 )
 

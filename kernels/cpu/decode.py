@@ -1,16 +1,19 @@
 """Decoding weights from the layout of PyTorch's 4-bit CPU operator: transposed, as the layout is.
 
-The operator keeps 64 (AVX2: 32) outputs of one input side by side. Decoded in that order, nothing but runs of 32 bytes
-has to move; decoding into rows would move every single code. The product takes transposed weights almost as fast.
+The operator keeps the codes of one input side by side, 32 bytes (AVX2: 16) of them. Decoded in that order, nothing but
+these runs has to move; decoding into rows would move every single code. The product takes transposed weights almost as
+fast.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from compressor.kernels.cpu.layout import PAD_ROWS, CpuWeight, block_rows
+from compressor.kernels.cpu.layout import CpuWeight, steps_of
 
 AT_ONCE = 1 << 20
 """Weights decoded in one step: few enough for caches, enough to make calls cheap."""
@@ -18,11 +21,19 @@ AT_ONCE = 1 << 20
 PART = 1 << 23
 """Weights decoded before they are multiplied: more would need as much memory as a dense layer."""
 
+FEW_ROWS, FEW_PART = 128, 1 << 21
+"""Up to so many rows of activations, only so many weights per thread are: they are multiplied from the cache then. With
+more rows, reading the activations anew for every part costs more than that brings."""
+
+LINE = 64
+"""Bytes added to blocks of codes, for the same reason as `SKEW`."""
+
 SKEW = 32
 """Elements added to decoded rows, so that they do not start a power of two apart, where caches keep only a few."""
 
 _LOW = 0x0F0F0F0F0F0F0F0F
 _TOP = 0x8080808080808080 - (1 << 64)
+_BLOCK = 64  # outputs of a part are a multiple of it, where no layout says more
 
 
 def decoded_linear(x: Tensor, weight: CpuWeight, bias: Tensor | None) -> Tensor:
@@ -31,7 +42,7 @@ def decoded_linear(x: Tensor, weight: CpuWeight, bias: Tensor | None) -> Tensor:
     A weight is rounded to bfloat16 once, as in the reference.
     """
     tensors = (weight.codes, weight.scale, weight.rest, weight.zero_point)
-    out: Tensor = decode_linear(x, *tensors, bias, *weight.shape, weight.planes, weight.group)
+    out: Tensor = decode_linear(x, *tensors, bias, *weight.shape, weight.planes, weight.block, weight.group)
     return out
 
 
@@ -46,20 +57,20 @@ def decode_linear(
     n: int,
     k: int,
     planes: int,
+    block: int,
     group: int,
 ) -> Tensor:
     """See `decoded_linear`; a weight's attributes one by one, so that `torch.compile` sees one node."""
-    weight = CpuWeight((n, k), planes, group, codes, scale, rest, zero_point)
-    size = block_rows() if weight.planes else PAD_ROWS
-    assert size is not None
+    weight = CpuWeight((n, k), planes, block, group, codes, scale, rest, zero_point)
+    size = weight.outputs if weight.planes else _BLOCK
     blocks = -(-n // size)
-    step = -(-blocks // max(1, round(n * k / PART)))  # parts of equal size
-    if step >= blocks:
-        return functional.linear(x, _decoded(weight, 0, blocks, size), bias)
+    most = min(PART, FEW_PART * torch.get_num_threads()) if len(x) <= FEW_ROWS else PART
+    at_once = -(-blocks // max(1, round(n * k / most)))  # blocks of parts of equal size
+    parts = _parts(weight, at_once, size)
+    if at_once >= blocks:
+        return functional.linear(x, next(parts)[1], bias)
     out = x.new_empty(len(x), n)
-    for first in range(0, blocks, step):
-        rows = slice(first * size, min((first + step) * size, n))
-        part = _decoded(weight, first, min(first + step, blocks), size)
+    for rows, part in parts:
         out[:, rows] = functional.linear(x, part, None if bias is None else bias[rows])
     return out
 
@@ -75,19 +86,29 @@ def _(
     n: int,
     k: int,
     planes: int,
+    block: int,
     group: int,
 ) -> Tensor:
     torch._check(x.shape[-1] == k, lambda: f"inputs of {x.shape[-1]} columns for a weight of {k}")
     return x.new_empty(x.shape[0], n)
 
 
-def _decoded(weight: CpuWeight, first: int, last: int, size: int) -> Tensor:
-    """Return the rows of blocks `first` to `last`, bfloat16 `[outputs, k]`, without padding rows."""
-    count = min(last * size, weight.shape[0]) - first * size
-    if weight.planes:
-        return _columns(weight, first, last, size).t()[:count]
-    codes = weight.codes[first * size :][:count]
-    scale = weight.scale[first * size :][:count, None]
+def _parts(weight: CpuWeight, at_once: int, size: int) -> Iterator[tuple[slice, Tensor]]:
+    """Yield the weight some blocks of `size` outputs at a time, bfloat16 `[outputs, k]`, without padding."""
+    n = weight.shape[0]
+    steps = _grid(weight) if weight.planes else None
+    for start in range(0, n, at_once * size):
+        rows = slice(start, min(start + at_once * size, n))
+        if steps is None:
+            yield rows, _bytes(weight, rows)
+        else:
+            whole = slice(start, -(-rows.stop // size) * size)
+            yield rows, _columns(weight, whole, *steps).t()[: rows.stop - start]
+
+
+def _bytes(weight: CpuWeight, rows: slice) -> Tensor:
+    """Return outputs of a weight of one code per byte, bfloat16 `[outputs, k]`."""
+    codes, scale = weight.codes[rows], weight.scale[rows, None]
     out = torch.empty(codes.shape, dtype=torch.bfloat16)
     at_once = max(1, AT_ONCE // codes.shape[1])
     for part, signed, step in zip(out.split(at_once), codes.split(at_once), scale.split(at_once), strict=True):
@@ -95,60 +116,70 @@ def _decoded(weight: CpuWeight, first: int, last: int, size: int) -> Tensor:
     return out
 
 
-def _columns(weight: CpuWeight, first: int, last: int, size: int) -> Tensor:
-    """Return the outputs of some blocks, transposed: bfloat16 `[k, outputs]`, in rows that are `SKEW` longer.
+def _columns(weight: CpuWeight, rows: slice, step: Tensor, zero: Tensor | None) -> Tensor:
+    """Return the outputs of whole blocks, transposed: bfloat16 `[k, outputs]`, in rows that are `SKEW` longer.
 
     Codes less their zero points have eight bits at most, which bfloat16 holds, so that only the product is rounded.
+
+    Args:
+        weight: The weight.
+        rows: Its outputs, of whole blocks.
+        step: See `_grid`.
+        zero: See `_grid`.
     """
-    k, group, half = weight.shape[1], weight.group, size // 2
-    blocks, rows, groups = last - first, slice(first * size, last * size), k // group
-    step = weight.scale[-groups:, rows, 0].contiguous()  # of the low plane, [groups, outputs]
-    zero = _zero_points(weight, rows, groups)
-    words = weight.codes.view(torch.int64).view(-1, weight.planes, k, half // 8)[first:last]
-    out = torch.empty(k, blocks * size + SKEW, dtype=torch.bfloat16)[:, : blocks * size]
-    apart, grouped = out.unflatten(1, (blocks, 2, half)), out.unflatten(0, (groups, group))
-    at_once = min(groups, max(1, AT_ONCE // (blocks * size * group)))
-    codes = torch.empty(2, blocks, at_once * group, half // 8, dtype=torch.int64)
+    k, group, half = weight.shape[1], weight.group, weight.block // 2
+    outputs, groups = rows.stop - rows.start, k // group
+    blocks = outputs // weight.outputs
+    stored = weight.codes.view(-1, k, half)[rows.start // weight.outputs :][:blocks]
+    out = torch.empty(k, outputs + SKEW, dtype=torch.bfloat16)[:, :outputs]
+    apart, grouped = out.unflatten(1, (blocks, -1, half)), out.unflatten(0, (groups, group))
+    middle = None
+    if zero is not None and weight.planes == 1:  # codes and zero points fit bytes: less work than with numbers
+        middle = zero[:, rows].to(torch.uint8).unflatten(1, (blocks, 2, half)).permute(2, 1, 0, 3).unsqueeze(3)
+    at_once = min(groups, max(1, AT_ONCE // (outputs * group)))
+    scratch = torch.empty(3 - weight.planes, blocks, at_once * group * half + LINE, dtype=torch.uint8)
     for start in range(0, groups, at_once):
         chosen = slice(start, min(start + at_once, groups))
         inputs = slice(chosen.start * group, chosen.stop * group)
-        if inputs.stop - inputs.start < codes.shape[2]:
-            codes = codes.new_empty(2, blocks, inputs.stop - inputs.start, half // 8)
-        _signed(words[:, :, inputs], codes)
-        for part in range(2):  # one by one: PyTorch's loops are slow over dimensions of two
-            apart[inputs, :, part] = codes[part].view(torch.int8).transpose(0, 1)  # [inputs, blocks, half]
-        if zero is not None:
-            grouped[chosen].sub_(zero[chosen, None])
-        grouped[chosen].mul_(step[chosen, None])
+        count = inputs.stop - inputs.start
+        codes = scratch[:, :, : count * half].unflatten(2, (count, half))
+        _split(stored[:, inputs], codes)
+        if weight.planes == 1:
+            codes.unflatten(2, (-1, group)).sub_(8 if middle is None else middle[:, :, chosen])
+        for place, signed in enumerate(codes.view(torch.int8)):  # loops over dimensions of two would be slow
+            apart[inputs, :, place] = signed.transpose(0, 1)  # [inputs, blocks, half]
+        if zero is not None and middle is None:
+            grouped[chosen].sub_(zero[chosen, None, rows])
+        grouped[chosen].mul_(step[chosen, None, rows])
     return out
 
 
-def _zero_points(weight: CpuWeight, rows: slice, groups: int) -> Tensor | None:
-    """Return what to take off codes that count from the middle, bfloat16 `[groups, rows]`, or None for nothing."""
-    points = weight.zero_point
-    if points.numel() <= 1:
-        return points.bfloat16().reshape(1, 1).expand(groups, 1) if points.numel() else None
-    part = points[rows].t().bfloat16()  # [groups on disk, rows]
-    part = functional.pad(part, (0, rows.stop - rows.start - part.shape[1]))
-    return part.repeat_interleave(groups // len(part), 0)
-
-
-def _signed(words: Tensor, out: Tensor) -> None:
-    """Write codes counted from the middle one, int8 behind int64 `[2, blocks, inputs, half / 8]`: outputs r, r + half.
+def _split(stored: Tensor, codes: Tensor) -> None:
+    """Copy codes, one in a byte.
 
     Args:
-        words: int64 `[blocks, planes, inputs, half / 8]`: a byte holds the codes of two outputs.
-        out: See above.
+        stored: As the operator holds them, uint8 `[blocks, inputs, half]`.
+        codes: uint8 `[2, blocks, inputs, half]`, those of low halves first; or `[1, ...]` where a byte is a code: then
+            as signed ones that count from the middle.
     """
-    low, high = out
-    if words.shape[1] == 1:
-        torch.bitwise_and(words[:, 0], _LOW, out=low)
-        torch.bitwise_right_shift(words[:, 0], 4, out=high)
-        high.bitwise_and_(_LOW)
-        out.view(torch.uint8).sub_(8)
+    words = stored.view(torch.int64)
+    if len(codes) == 1:
+        torch.bitwise_xor(words, _TOP, out=codes[0].view(torch.int64))
         return
-    # Exchange the low half of the first plane's bytes with the high half of the second's: then each byte is one code.
-    moved = torch.bitwise_right_shift(words[:, 1], 4).bitwise_xor_(words[:, 0]).bitwise_and_(_LOW)
-    torch.bitwise_xor(words[:, 0], moved, out=high)
-    torch.bitwise_xor(words[:, 1], moved.bitwise_left_shift_(4), out=low)
-    out.bitwise_xor_(_TOP)
+    torch.bitwise_and(words, _LOW, out=codes[0].view(torch.int64))
+    torch.bitwise_right_shift(stored, 4, out=codes[1])
+
+
+def _grid(weight: CpuWeight) -> tuple[Tensor, Tensor | None]:
+    """Return scales and zero points, bfloat16 `[groups, outputs]`, padding outputs too; None for no zero points.
+
+    Zero points count from the code 0 where there is one plane, else from the code in the middle.
+    """
+    step, points = steps_of(weight), weight.zero_point.bfloat16()
+    if not points.numel():
+        return step, None
+    points = points + 8 if weight.planes == 1 else points
+    if points.numel() == 1:
+        return step, points.reshape(1, 1).expand(step.shape)
+    points = functional.pad(points, (0, 0, 0, step.shape[1] - len(points))).t()  # [groups on disk, outputs]
+    return step, points.repeat_interleave(len(step) // len(points), 0)

@@ -9,7 +9,7 @@ from torch.nn import functional
 from compressor.kernels.cpu.decode import decoded_linear
 from compressor.kernels.cpu.layout import CpuWeight, dequantize
 
-PACKED_ROWS = {1: 64, 2: 32, 0: 32}
+PACKED_ROWS = {1: 64, 2: 24, 0: 32}
 """Up to how many rows of activations the packed operator is faster than decoding, by planes of the weight.
 
 Measured with `python -m compressor.kernels.bench --cpu` on AVX-512; hardly depends on the shape, as both costs
@@ -49,8 +49,12 @@ def packed_linear(x: Tensor, weight: CpuWeight) -> Tensor:
     if weight.planes == 0:
         whole: Tensor = torch.ops.aten._weight_int8pack_mm(x, weight.codes, weight.scale)
         return whole
-    wide = x if weight.planes == 1 else torch.cat((x, x), 1)
-    out: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(wide, weight.codes, weight.group, weight.scale)[:, :n]
+    out: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, weight.codes, weight.group, weight.scale)
+    if weight.planes == 2:
+        low, high = out.view(len(x), -1, 2, weight.outputs).unbind(2)
+        out = torch.add(low, high).view(len(x), -1)
+    if out.shape[1] > n:
+        out = out[:, :n]
     if weight.rest.numel():
         sums = x.unflatten(1, (len(weight.rest), -1)).sum(2)  # [m, groups]
         out = torch.addmm(out, sums, weight.rest)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,16 +17,17 @@ from typing import Any
 import torch
 
 from compressor.errors import ResourceError
+from compressor.kernels.gpu.int_launch import QUANTIZE_COLUMNS, int_tile
 from compressor.kernels.gpu.launch import ROW_CODES, UNPACK_COLUMNS, UNPACK_ROWS
 from compressor.kernels.gpu.layout import CODES, groups_per_chunk
 from compressor.kernels.gpu.samples import KINDS
-from compressor.kernels.gpu.tiles import Config, configure
+from compressor.kernels.gpu.tiles import Config, Tile, configure
 
 ARCHITECTURES = (80, 89, 90, 100)
 SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 """Bytes of shared memory one program can have."""
 
-MATRIX = re.compile(r"^(HGMMA|UTC\w*MMA|HMMA|QMMA|OMMA)")
+MATRIX = re.compile(r"^(HGMMA|UTC\w*MMA|HMMA|QMMA|OMMA|IGMMA|IMMA)")
 _TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.uint8: "u8"}
 
 
@@ -43,6 +45,7 @@ class Case:
         scale_dtype: Dtype of floating-point scales.
         has_zero: Whether there are zero points.
         even_k: Whether steps divide the columns.
+        grouped: Whether it multiplies experts.
     """
 
     grid: str
@@ -54,6 +57,7 @@ class Case:
     scale_dtype: torch.dtype | None = None
     has_zero: bool = False
     even_k: bool = True
+    grouped: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,7 @@ def compile_case(case: Case, arch: int) -> Compiled:
 
     tile = case.config.tile
     per_lane = tile.block_n * tile.block_k / (32 * tile.warps)
-    return _compile(packed_matmul, _constants(case), case, arch, tile.warps, tile.stages, per_lane)
+    return _compile(packed_matmul, _constants(case), lambda name: _type(name, case), arch, tile, per_lane)
 
 
 def compile_unpack(case: Case, arch: int) -> Compiled:
@@ -126,11 +130,55 @@ def compile_unpack(case: Case, arch: int) -> Compiled:
     shared = ("GRID", "GROUP", "PER", "SCALE", "ROW", "HAS_ZERO", "CODES", "INTERPRET")
     constexprs = {name: value for name, value in _constants(case).items() if name in shared}
     constexprs |= {"BLOCK_N": UNPACK_ROWS, "BLOCK_K": UNPACK_COLUMNS}
-    return _compile(unpack_weight, constexprs, case, arch, 4, 1, UNPACK_ROWS * UNPACK_COLUMNS / 128)
+    tile = Tile(0, UNPACK_ROWS, UNPACK_COLUMNS, 4, 1)
+    per_lane = UNPACK_ROWS * UNPACK_COLUMNS / 128
+    return _compile(unpack_weight, constexprs, lambda name: _type(name, case), arch, tile, per_lane)
+
+
+def compile_int(bits: int, group: int, m: int, arch: int, split: int = 1) -> Compiled:
+    """Compile `int_matmul` as a large layer with so many rows of activations in bfloat16 starts it.
+
+    Args:
+        bits: 4 or 8.
+        group: Columns per scale; 0 for whole rows.
+        m: Rows of activations.
+        arch: The architecture.
+        split: Programs that share the work along K.
+    """
+    from compressor.kernels.gpu.int_matmul import int_matmul
+
+    tile = int_tile(bits, 8192, 8192, group, m, arch)
+    sums = "*fp32" if group else "*i32"
+    types = {"x_ptr": "*i8", "words_ptr": "*i8", "y_ptr": "*bf16", "bias_ptr": "*bf16", "sum_ptr": sums}
+    types |= {"partial_ptr": sums, "scale_ptr": "*fp32", "x_scale_ptr": "*fp32"}
+    types |= {name: "*i32" for name in ("x_zero_ptr", "counter_ptr")}
+    constexprs = {"BITS": bits, "GROUP": group, "HAS_ZERO": False, "HAS_BIAS": False, "SPLIT": split}
+    constexprs |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "INTERPRET": False}
+    per_lane = tile.block_n * tile.block_k / (32 * tile.warps)
+    return _compile(int_matmul, constexprs, lambda name: types.get(name, "i32"), arch, tile, per_lane)
+
+
+def compile_quantize(arch: int, symmetric: bool, treated: bool, floating: bool = False) -> Compiled:
+    """Compile `quantize_rows` for bfloat16; it has no hot loop.
+
+    Args:
+        arch: The architecture.
+        symmetric: Whether there are no zero points.
+        treated: Whether channels are reordered, shifted and scaled.
+        floating: Whether they become 8-bit floats.
+    """
+    from compressor.kernels.gpu.quantize import quantize_rows
+
+    types = {"x_ptr": "*bf16", "codes_ptr": "*i8", "order_ptr": "*i32", "zero_ptr": "*i32", "clip": "fp32"}
+    types |= {name: "*fp32" for name in ("shift_ptr", "factor_ptr", "step_ptr", "scale_ptr")}
+    constexprs: dict[str, Any] = {f"HAS_{name}": treated for name in ("ORDER", "SHIFT", "FACTOR")}
+    constexprs |= {"STATIC": False, "SYMMETRIC": symmetric, "FLOATING": floating, "BITS": 8, "BLOCK": QUANTIZE_COLUMNS}
+    tile = Tile(0, 0, QUANTIZE_COLUMNS, 8, 1)
+    return _compile(quantize_rows, constexprs, lambda name: types.get(name, "i32"), arch, tile, 1.0)
 
 
 def _compile(
-    kernel: Any, constexprs: dict[str, Any], case: Case, arch: int, warps: int, stages: int, per_lane: float
+    kernel: Any, constexprs: dict[str, Any], type_of: Callable[[str], str], arch: int, tile: Tile, per_lane: float
 ) -> Compiled:
     import triton
     from triton.backends.compiler import GPUTarget
@@ -139,20 +187,18 @@ def _compile(
     names = kernel.arg_names
     source = ASTSource(
         kernel,
-        {name: "constexpr" if name in constexprs else _type(name, case) for name in names},
+        {name: "constexpr" if name in constexprs else type_of(name) for name in names},
         {(names.index(name),): value for name, value in constexprs.items()},
         {(names.index(name),): [["tt.divisibility", 16]] for name in names if _divisible(name)},
     )
     done = triton.compile(
         source,
         target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True},
+        options={"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True},
     )
     shared = int(done.metadata.shared)
     if shared > SHARED_LIMIT[arch]:
-        raise ResourceError(
-            f"{case.config.tile} needs {shared} bytes of shared memory on sm_{arch}", "use fewer stages"
-        )
+        raise ResourceError(f"{tile} needs {shared} bytes of shared memory on sm_{arch}", "use fewer stages")
     registers, stack, text = _disassemble(done.asm["cubin"])
     instructions, loop = _hot_loop(text)
     return Compiled(arch, registers, stack, shared, instructions, loop, per_lane)
@@ -172,7 +218,9 @@ def _constants(case: Case) -> dict[str, Any]:
         "CODES": CODES[case.grid],
         "EVEN_K": case.even_k,
         "CARRY": config.carry,
+        "REGISTERS": config.registers,
         "SPLIT": config.split,
+        "GROUPED": case.grouped,
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
         "BLOCK_K": tile.block_k,
@@ -188,12 +236,14 @@ def _type(name: str, case: Case) -> str:
         dtype = torch.uint8 if case.scale_kind in ("e4m3", "e8m0") else case.scale_dtype or case.dtype
         return f"*{_TYPES[dtype]}"
     fixed = {"words_ptr": "*u32", "bits_ptr": "*u16", "zero_ptr": "*fp16", "row_ptr": "*fp32", "partial_ptr": "*fp32"}
-    return {**fixed, "counter_ptr": "*i32", "unit": "fp32"}.get(name, "i32")
+    fixed |= {name: "*i32" for name in ("counter_ptr", "table_ptr", "blocks_ptr", "order_ptr")}
+    return {**fixed, "unit": "fp32"}.get(name, "i32")
 
 
 def _divisible(name: str) -> bool:
     """Whether a launch would find the argument to be a multiple of 16, for layers of common sizes."""
-    strides = ("x_stride_m", "words_stride", "scale_stride", "y_stride", "out_stride")
+    strides: tuple[str, ...] = ("x_stride_m", "words_stride", "scale_stride", "y_stride", "out_stride")
+    strides += ("words_expert", "scale_expert", "row_expert", "x_stride", "codes_stride", "group_stride", "columns")
     return name.endswith("_ptr") or name in ("n", "k", *strides)
 
 
@@ -236,7 +286,9 @@ def _hot_loop(text: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return tuple(found), tuple(loop)
 
 
-def standard_case(grid: str, m: int, arch: int, dtype: torch.dtype = torch.bfloat16, kind: str = "group") -> Case:
+def standard_case(
+    grid: str, m: int, arch: int, dtype: torch.dtype = torch.bfloat16, kind: str = "group", grouped: bool = False
+) -> Case:
     """Return the case that a large layer of a format launches with `m` rows of activations.
 
     Args:
@@ -245,7 +297,8 @@ def standard_case(grid: str, m: int, arch: int, dtype: torch.dtype = torch.bfloa
         arch: Architecture whose tiles are used.
         dtype: Dtype of activations.
         kind: A key of `samples.KINDS`.
+        grouped: Whether it multiplies experts.
     """
     group, scale_kind, row_kind = KINDS[kind]
     config = configure(grid, 8192, 8192, group, scale_kind, True, m, arch, 132)
-    return Case(grid, group, scale_kind, row_kind, dtype, config)
+    return Case(grid, group, scale_kind, row_kind, dtype, config, grouped=grouped)

@@ -11,6 +11,9 @@ of two, which the multiplication by the scale takes back.
 The constants OR-ed in (`or0` to `or2`) are kernel arguments, not literals: a three-input logic instruction takes one
 literal, and with two the assembler spends a second instruction on every pair.
 
+Table indices are looked up by byte permutations: the eight entries' low bytes are two registers, their high bytes two
+more, and one instruction finds a byte for each of four codes.
+
 Triton's interpreter cannot compute in bfloat16. There (`INTERPRET`) the same bits are widened to float32, exactly.
 """
 
@@ -22,13 +25,14 @@ import triton.language as tl
 
 @triton.jit
 def decode(
-    words, bits, or0, or1, or2, zero, scale,
+    words, bits, or0, or1, or2, table, zero, scale,
     GRID: tl.constexpr, HAS_ZERO: tl.constexpr, SCALED: tl.constexpr, DTYPE: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Return the weights of every word, `[rows, words, codes per word / 2, 2]` in `DTYPE`: K order when flattened.
 
     Unscaled integers come out as code less zero code, plus `zero`. Unscaled small floats come out times `2**-15` in
-    float16 and `2**-127` in bfloat16, those of `e2m1` as one of 0, 1, 2, 3, 4, 6, 8, 12.
+    float16 and `2**-127` in bfloat16, those of `e2m1` as one of 0, 1, 2, 3, 4, 6, 8, 12. Table entries are as
+    `layout.table_words` rounds and scales them.
 
     Args:
         words: uint32 `[rows, words]`.
@@ -36,9 +40,10 @@ def decode(
         or0: Constants of the grid and dtype, `layout.constants`.
         or1: See `or0`.
         or2: See `or0`.
+        table: From `load_table`, for tables.
         zero: Zero code less zero point, in both halves of words, broadcastable to `words`; used if `HAS_ZERO`.
         scale: What weights are multiplied by, from `scale_pairs`, likewise; used if `SCALED`.
-        GRID: `int2`, `int3`, `int4`, `int8`, `e2m1` or `e3m0`.
+        GRID: A key of `layout.CODES`.
         HAS_ZERO: Whether to add `zero`.
         SCALED: Whether to multiply by `scale`.
         DTYPE: `tl.float16` or `tl.bfloat16`.
@@ -55,11 +60,14 @@ def decode(
     elif GRID == "e2m1":
         pairs = _float4(words, or0, or1, 0, 3, 6, 9, 13, 12, 15, 14, 6 if DTYPE == tl.bfloat16 else 9)
         offsets = pairs
+    elif GRID == "table8" or GRID == "table16":
+        pairs = _looked_up(words, table, GRID == "table16", INTERPRET)
+        offsets = pairs
     else:
         tl.static_assert(GRID == "e3m0", "unknown grid")
         pairs = _float4(words, or0, or1, 0, 3, 7, 12, 6, 11, 15, 10, 7 if DTYPE == tl.bfloat16 else 10)
         offsets = pairs
-    INTEGER: tl.constexpr = GRID != "e2m1" and GRID != "e3m0"
+    INTEGER: tl.constexpr = GRID == "int2" or GRID == "int3" or GRID == "int4" or GRID == "int8"
     SHAPE: tl.constexpr = (words.shape[0], words.shape[1], pairs.numel // words.numel)
     pairs = pairs.reshape(SHAPE)
     offsets = offsets.reshape(SHAPE)
@@ -237,6 +245,88 @@ def _int8(words, or0, or1, DTYPE: tl.constexpr):
     else:
         offset = _like(words, 0xE480)  # -(1024 + 128)
         return tl.join((words & 0x00FF00FF) | or0, (high & 0x00FF00FF) | or0), tl.join(offset, offset)
+
+
+@triton.jit
+def load_table(ptr, GRID: tl.constexpr, DTYPE: tl.constexpr):
+    """Return the bytes of a table's entries, eight registers, and what sums are to be multiplied by.
+
+    Args:
+        ptr: int32 `[3, 16]`, see `layout.table_words`.
+        GRID: See `decode`; anything but a table is not read.
+        DTYPE: See `decode`.
+    """
+    if GRID == "table8" or GRID == "table16":
+        ptr += 32 if DTYPE == tl.bfloat16 else 16
+        a0, a1, a2, a3 = _word(ptr), _word(ptr + 1), _word(ptr + 2), _word(ptr + 3)
+        factor = tl.load(ptr + 8).to(tl.float32, bitcast=True)
+        if GRID == "table8":
+            return (a0, a1, a2, a3, a0, a1, a2, a3), factor
+        else:
+            return (a0, a1, a2, a3, _word(ptr + 4), _word(ptr + 5), _word(ptr + 6), _word(ptr + 7)), factor
+    else:
+        none = tl.full((), 0, tl.uint32)
+        return (none, none, none, none, none, none, none, none), tl.full((), 1.0, tl.float32)
+
+
+@triton.jit
+def _word(ptr):
+    return tl.load(ptr).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def _looked_up(words, table, SIXTEEN: tl.constexpr, INTERPRET: tl.constexpr):
+    """Look all codes of every word up: a byte permutation finds four codes' low or high bytes among eight entries."""
+    index = words & 0x77777777
+    p0, p1 = _look_up_four(index, words, table, SIXTEEN, INTERPRET)
+    p2, p3 = _look_up_four(index >> 16, words << 4, table, SIXTEEN, INTERPRET)
+    return _four(p0, p1, p2, p3)
+
+
+@triton.jit
+def _look_up_four(index, tops, table, SIXTEEN: tl.constexpr, INTERPRET: tl.constexpr):
+    """Return two pairs of entries: indices modulo 8 are the low four nibbles, their fourth bits the tops of bytes."""
+    low = permute(table[0], table[1], index, INTERPRET)
+    high = permute(table[2], table[3], index, INTERPRET)
+    if SIXTEEN:
+        second = permute(tops, tops, tl.full((), 0xBA98, tl.uint32), INTERPRET)  # bytes of ones where the bit is set
+        low = low ^ ((low ^ permute(table[4], table[5], index, INTERPRET)) & second)
+        high = high ^ ((high ^ permute(table[6], table[7], index, INTERPRET)) & second)
+    else:
+        high = high ^ (tops & 0x80808080)
+    first_pair = permute(low, high, tl.full((), 0x5140, tl.uint32), INTERPRET)
+    return first_pair, permute(low, high, tl.full((), 0x7362, tl.uint32), INTERPRET)
+
+
+@triton.jit
+def permute(a, b, selector, INTERPRET: tl.constexpr):
+    """Choose four of the eight bytes of `a` and `b` by the low four nibbles of a selector; 8 more: its sign, spread."""
+    if INTERPRET:
+        out = (a ^ a) ^ (selector ^ selector)
+        for i in tl.static_range(4):
+            nibble = (selector >> (4 * i)) & 15
+            byte = (tl.where((nibble & 4) != 0, b, a) >> ((nibble & 3) * 8)) & 0xFF
+            byte = tl.where((nibble & 8) != 0, (byte >> 7) * 0xFF, byte)
+            out = out | (byte << (8 * i))
+        return out
+    else:
+        return tl.inline_asm_elementwise("prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, selector], tl.uint32, True, 1)
+
+
+@triton.jit
+def table_codes(words):
+    """Return the table indices of every word, uint32 `[rows, words, 4, 2]`: K order when flattened."""
+    codes = _eight(
+        _table_code(words, 0), _table_code(words, 1), _table_code(words, 2), _table_code(words, 3),
+        _table_code(words, 4), _table_code(words, 5), _table_code(words, 6), _table_code(words, 7),
+    )  # fmt: skip
+    return codes.reshape(words.shape[0], words.shape[1], 4, 2)
+
+
+@triton.jit
+def _table_code(words, j: tl.constexpr):
+    TOP: tl.constexpr = 8 * (j % 4) + (7 if j < 4 else 3)
+    return ((words >> (4 * j)) & 7) | (((words >> TOP) & 1) << 3)
 
 
 @triton.jit

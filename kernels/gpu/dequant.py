@@ -9,13 +9,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from compressor.kernels.gpu.decode import decode
+from compressor.kernels.gpu.decode import decode, table_codes
 from compressor.kernels.gpu.matmul import load_groups, per_word
 
 
 @triton.jit(do_not_specialize=["or0", "or1", "or2"])
 def unpack_weight(
-    words_ptr, bits_ptr, scale_ptr, zero_ptr, row_ptr, out_ptr, n, k, words_stride, scale_stride, out_stride,
+    words_ptr, bits_ptr, scale_ptr, zero_ptr, row_ptr, table_ptr, out_ptr, n, k, words_stride, scale_stride, out_stride,
     or0, or1, or2,
     GRID: tl.constexpr, GROUP: tl.constexpr, PER: tl.constexpr, SCALE: tl.constexpr, ROW: tl.constexpr,
     HAS_ZERO: tl.constexpr, CODES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, INTERPRET: tl.constexpr,
@@ -33,8 +33,11 @@ def unpack_weight(
     bits = words
     if GRID == "int3":
         bits = tl.load(bits_ptr + words_at, eviction_policy="evict_first").to(tl.uint32)
-    # Codes, E2M1 values and the like are exact in float16; everything after it is float32.
-    values = decode(words, bits, or0, or1, or2, words, words, GRID, False, False, tl.float16, INTERPRET).to(tl.float32)
+    if GRID == "table8" or GRID == "table16":
+        values = tl.load(table_ptr + table_codes(words)).to(tl.float32, bitcast=True)
+    else:  # codes, E2M1 values and the like are exact in float16; everything after it is float32
+        values = decode(words, bits, or0, or1, or2, words, words, words, GRID, False, False, tl.float16, INTERPRET)
+        values = values.to(tl.float32)
     if GRID == "e2m1" and GROUP > 0:
         values *= 16384.0  # the format's own values, of which the smallest is one half
     elif GRID == "e2m1" or GRID == "e3m0":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -11,13 +12,17 @@ import torch
 from torch import Tensor
 
 from compressor.formats.base import PackedTensor, QuantFormat
-from compressor.kernels.gpu import layout, ops
+from compressor.kernels.gpu import experts, layout, ops
+from compressor.kernels.gpu.launch import Routing
 from compressor.kernels.gpu.layout import RuntimeWeight
 from compressor.kernels.gpu.prepare import prepare as prepare_layout
 from compressor.kernels.gpu.prepare import restore
 
 if TYPE_CHECKING:
     from compressor.kernels.dispatch import Problem
+
+TRITON = "triton"
+"""What `COMPRESS_KERNEL` and reports call the packed kernels."""
 
 OLDEST = (8, 0)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -33,7 +38,7 @@ class TritonWeight:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """What it keeps in memory, by name; empty ones left out."""
-        names = ("words", "bits", "scale", "zero", "row")
+        names = ("words", "bits", "scale", "zero", "row", "table")
         pairs = zip(names, self.weight.tensors, strict=True)
         return {f"runtime_{name}": tensor for name, tensor in pairs if tensor.numel()}
 
@@ -50,8 +55,39 @@ class TritonWeight:
         return restore(self.weight, self.fmt)
 
 
+@dataclass(frozen=True)
+class ExpertStack:
+    """One projection of all experts, for products in one launch; members share its memory.
+
+    Attributes:
+        weight: The stack, see `experts.stack`.
+        members: What takes the place of the experts' own prepared weights.
+    """
+
+    weight: RuntimeWeight
+    members: tuple[TritonWeight, ...]
+
+    @classmethod
+    def of(cls, prepared: Sequence[object]) -> ExpertStack | None:
+        """Return the stack of the prepared weights of all experts, or None if these kernels do not multiply them."""
+        weights = [weight for weight in prepared if isinstance(weight, TritonWeight)]
+        if len(weights) < len(prepared) or (stacked := experts.stack([weight.weight for weight in weights])) is None:
+            return None
+        views = tuple(TritonWeight(experts.member(stacked, i), weight.fmt) for i, weight in enumerate(weights))
+        return cls(stacked, views)
+
+    def linear(self, x: Tensor, routing: Routing, rows: int) -> Tensor:
+        """Return `[rows, out]`; see `experts.linear`."""
+        return experts.linear(x, self.weight, routing, rows)
+
+
 def accepts(problem: Problem) -> str | None:
     """Return why the Triton kernels cannot do a problem, or None."""
+    return refuse_device(problem) or layout.refuse(problem.format, problem.k, problem.group)
+
+
+def refuse_device(problem: Problem) -> str | None:
+    """Return why no Triton kernel can do a problem, whatever its weight, or None."""
     if problem.op != "linear":
         return f"multiplies weights, does no {problem.op!r}"
     if problem.device != "cuda":
@@ -62,7 +98,7 @@ def accepts(problem: Problem) -> str | None:
         return f"needs compute capability 8.0, the device has {problem.capability[0]}.{problem.capability[1]}"
     if problem.dtype not in DTYPES:
         return f"takes float16, bfloat16 and float32 activations, not {problem.dtype}"
-    return layout.refuse(problem.format, problem.k, problem.group)
+    return None
 
 
 def run(x: Tensor, packed: PackedTensor, fmt: QuantFormat, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -7,6 +7,7 @@ CUDA graphs.
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -44,32 +45,77 @@ def matmul(
         out: Where the result goes, `[m, n]` of any floating dtype with contiguous rows; a new tensor if None.
         path: See `tiles.configure`.
     """
-    from compressor.kernels.gpu.matmul import packed_matmul
-
-    m, k = x.shape
-    n = weight.shape[0]
+    m, n = x.shape[0], weight.shape[0]
     out = x.new_empty(m, n) if out is None else out
     if m == 0:
         return out
     if config is None:
-        config = _configure(weight, m, x.dtype, x.device, path)
-    tile = config.tile
+        config = configuration(weight, m, x.dtype, x.device, path)
+    _start(x, weight, bias, config, out, ceil_div(m, config.tile.block_m), None)
+    return out
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Which rows of a result are made by which expert; see `experts.route`.
+
+    Attributes:
+        blocks: int32 `[blocks, 3]`: expert, first place and the place behind the expert's last, see `packed_matmul`.
+        order: int32: rows of the result, sorted by expert.
+        block_m: Rows of a block.
+    """
+
+    blocks: Tensor
+    order: Tensor
+    block_m: int
+
+
+def grouped_matmul(x: Tensor, experts: RuntimeWeight, routing: Routing, config: Config, out: Tensor) -> Tensor:
+    """Write `x[r // per_token] @ weight[expert of r].T` to the rows r of `out` that have an expert, in one launch.
+
+    Args:
+        x: `[tokens, k]`, float16 or bfloat16; rows may be strided.
+        experts: A stack: its tensors have one dimension more.
+        routing: Made for `config.tile.block_m`.
+        config: How to launch it.
+        out: `[tokens * per_token, n]` with contiguous rows; rows without an expert stay as they are.
+    """
+    assert routing.block_m == config.tile.block_m, (routing.block_m, config.tile)
+    if routing.blocks.shape[0]:
+        _start(x, experts, None, config, out, routing.blocks.shape[0], routing)
+    return out
+
+
+def _start(
+    x: Tensor,
+    weight: RuntimeWeight,
+    bias: Tensor | None,
+    config: Config,
+    out: Tensor,
+    m_tiles: int,
+    routing: Routing | None,
+) -> None:
+    from compressor.kernels.gpu.matmul import packed_matmul
+
+    (m, n), k, tile = out.shape, x.shape[1], config.tile
     n_tiles = ceil_div(n, tile.block_n)
-    tiles = n_tiles * ceil_div(m, tile.block_m)
+    tiles = n_tiles * m_tiles
     steps = ceil_div(ceil_div(k, tile.block_k), config.split)
     partial, counters = out, out
     if config.split > 1:
         partial = torch.empty(config.split * tiles * tile.block_n * tile.block_m, dtype=torch.float32, device=x.device)
         counters = COUNTERS.get(tiles, x.device)
+    blocks, order, per_token, experts = out, out, 1, (0, 0, 0)
+    if routing is not None:
+        blocks, order, per_token, experts = routing.blocks, routing.order, m // x.shape[0], _expert_strides(weight)
     or0, or1, or2 = constants(weight.grid, x.dtype)
     packed_matmul[(tiles, config.split)](
-        x, *_pointers(weight), out if bias is None else bias, out, partial, counters,
-        m, n, k, n_tiles, steps, x.stride(0), x.stride(1), weight.words.stride(0), _scale_stride(weight), out.stride(0),
-        or0, or1, or2, 1.0,
-        **specialisation(weight, config, bias is not None), num_warps=tile.warps, num_stages=tile.stages,
-        enable_fp_fusion=True,
+        x, *_pointers(weight), out if bias is None else bias, out, partial, counters, blocks, order,
+        m, n, k, n_tiles, steps, x.stride(0), x.stride(1), weight.words.stride(-2), _scale_stride(weight),
+        out.stride(0), *experts, per_token, or0, or1, or2, 1.0,
+        **specialisation(weight, config, bias is not None), GROUPED=routing is not None, num_warps=tile.warps,
+        num_stages=tile.stages, enable_fp_fusion=True,
     )  # fmt: skip
-    return out
 
 
 def dense_matmul(x: Tensor, weight: RuntimeWeight, bias: Tensor | None, weight_dtype: torch.dtype) -> Tensor:
@@ -97,14 +143,14 @@ def dequantize(weight: RuntimeWeight, dtype: torch.dtype, start: int = 0, stop: 
     n, k = weight.shape
     stop = n if stop is None else stop
     out = torch.empty(stop - start, k, dtype=dtype, device=weight.words.device)
-    words, bits, scale, zero, row = _pointers(weight)
+    words, bits, scale, zero, row, table = _pointers(weight)
     block_n, block_k = UNPACK_ROWS, UNPACK_COLUMNS
     while weight.group and block_k % weight.group and weight.group % block_k:
         block_k //= 2
     or0, or1, or2 = constants(weight.grid, torch.float16)
     unpack_weight[(ceil_div(stop - start, block_n), ceil_div(k, block_k))](
         words[start:], bits[start:] if weight.bits.numel() else bits, scale[:, start:] if scale.numel() else scale,
-        zero[:, start:] if zero.numel() else zero, row[start:] if row.numel() else row, out, stop - start, k,
+        zero[:, start:] if zero.numel() else zero, row[start:] if row.numel() else row, table, out, stop - start, k,
         words.stride(0), _scale_stride(weight), out.stride(0), or0, or1, or2,
         GRID=weight.grid, GROUP=weight.group, PER=groups_per_chunk(weight.group), SCALE=weight.scale_kind,
         ROW=ROW_CODES[weight.row_kind], HAS_ZERO=weight.zero.numel() > 0, CODES=CODES[weight.grid], BLOCK_N=block_n,
@@ -127,6 +173,7 @@ def specialisation(weight: RuntimeWeight, config: Config, has_bias: bool) -> dic
         "CODES": CODES[weight.grid],
         "EVEN_K": weight.shape[1] % config.tile.block_k == 0,
         "CARRY": config.carry,
+        "REGISTERS": config.registers,
         "SPLIT": config.split,
         "BLOCK_M": config.tile.block_m,
         "BLOCK_N": config.tile.block_n,
@@ -185,20 +232,42 @@ class Counters:
 COUNTERS = Counters()
 
 
-def _configure(weight: RuntimeWeight, m: int, dtype: torch.dtype, device: torch.device, path: str) -> Config:
-    capability, processors = (9, 0), 132  # what the interpreter pretends to be
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        capability, processors = (properties.major, properties.minor), properties.multi_processor_count
-    sm, matches = architecture(capability), weight.scale.dtype == dtype
+def configuration(weight: RuntimeWeight, m: int, dtype: torch.dtype, device: torch.device, path: str) -> Config:
+    """Return how to multiply `m` rows of activations on a device, by the tile table; see `tiles.configure`."""
+    sm, processors = device_of(device)
+    matches = weight.scale.dtype == dtype
     return configure(weight.grid, *weight.shape, weight.group, weight.scale_kind, matches, m, sm, processors, path)
+
+
+def device_of(device: torch.device) -> tuple[int, int]:
+    """Return a device's key of the tile tables and its multiprocessors; on a CPU what the interpreter pretends."""
+    if device.type != "cuda":
+        return 90, 132
+    properties = torch.cuda.get_device_properties(device)
+    return architecture((properties.major, properties.minor)), properties.multi_processor_count
 
 
 def _pointers(weight: RuntimeWeight) -> tuple[Tensor, ...]:
     """Return the tensors with words and bits in the unsigned dtypes the kernels compute in."""
-    return (weight.words.view(torch.uint32), weight.bits.view(torch.uint16), weight.scale, weight.zero, weight.row)
+    return (
+        weight.words.view(torch.uint32),
+        weight.bits.view(torch.uint16),
+        weight.scale,
+        weight.zero,
+        weight.row,
+        weight.table,
+    )
 
 
 def _scale_stride(weight: RuntimeWeight) -> int:
     """Return the elements between two chunks of scales (and zero points)."""
-    return weight.scale.stride(0) if weight.scale.numel() else 0
+    return weight.scale.stride(-3) if weight.scale.numel() else 0
+
+
+def _expert_strides(stack: RuntimeWeight) -> tuple[int, int, int]:
+    """Return the elements between two experts' words, scales and rows' scales."""
+    return (
+        stack.words.stride(0),
+        stack.scale.stride(0) if stack.scale.numel() else 0,
+        stack.row.stride(0) if stack.row.numel() else 0,
+    )

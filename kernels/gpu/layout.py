@@ -17,8 +17,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-CODES = {"int2": 16, "int3": 16, "int4": 8, "int8": 4, "e2m1": 8, "e3m0": 8}
+CODES = {"int2": 16, "int3": 16, "int4": 8, "int8": 4, "e2m1": 8, "e3m0": 8, "table8": 8, "table16": 8}
 """Codes in a word, by grid."""
+
+TABLES = ("table8", "table16")
+"""Grids whose codes index a table: of eight values with a sign in the code, and of sixteen."""
+
+TABLE_WORDS = 16
+"""Words of one row of `RuntimeWeight.table`."""
 
 PAD_ROWS, PAD_COLUMNS = 64, 128
 CHUNK = 128
@@ -27,6 +33,8 @@ CHUNK = 128
 _ROWS_AT_ONCE = 4096
 _FLOAT_BITS = {"e2m1": ((0, 3, 6, 9), (13, 12, 15, 14)), "e3m0": ((0, 3, 7, 12), (6, 11, 15, 10))}
 """Lowest magnitude bit and sign bit of the four pairs: what costs the fewest instructions to unpack for both dtypes."""
+
+_TABLE_FORMATS = ("power2", "power3", "power4", "codebook2", "codebook3", "codebook4")
 
 _HIGH_BITS = (2, 4, 6, 3, 5, 7, 0, 1)
 """Where the third bit of the eight pairs of an int3 word lies in its byte."""
@@ -37,7 +45,7 @@ class RuntimeWeight:
     """A weight `[n, k]` as the kernels read it.
 
     Attributes:
-        grid: `int2`, `int3`, `int4`, `int8`, `e2m1` or `e3m0`.
+        grid: A key of `CODES`.
         shape: `(n, k)` without padding.
         group: Columns per scale; 0 if whole rows share one.
         scale_kind: `float`, `e4m3`, `e8m0`, or `none` if `group` is 0.
@@ -50,6 +58,7 @@ class RuntimeWeight:
             symmetric weights.
         row: float32 `[rows]`: the row's scale (`times`), its power of two taken out of E8M0 bytes (`times`), or the
             matrix's divisor (`over`); else empty.
+        table: int32 `[3, 16]` of `TABLES`, see `table_words`; else empty.
     """
 
     grid: str
@@ -62,11 +71,12 @@ class RuntimeWeight:
     scale: Tensor
     zero: Tensor
     row: Tensor
+    table: Tensor
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """The five tensors, in the order of the attributes."""
-        return (self.words, self.bits, self.scale, self.zero, self.row)
+        """The six tensors, in the order of the attributes."""
+        return (self.words, self.bits, self.scale, self.zero, self.row, self.table)
 
     @property
     def nbytes(self) -> int:
@@ -81,8 +91,10 @@ class RuntimeWeight:
         """Return a copy with memory of its own."""
         return self._with(*(tensor.clone() for tensor in self.tensors))
 
-    def _with(self, words: Tensor, bits: Tensor, scale: Tensor, zero: Tensor, row: Tensor) -> RuntimeWeight:
-        return replace(self, words=words, bits=bits, scale=scale, zero=zero, row=row)
+    def _with(
+        self, words: Tensor, bits: Tensor, scale: Tensor, zero: Tensor, row: Tensor, table: Tensor
+    ) -> RuntimeWeight:
+        return replace(self, words=words, bits=bits, scale=scale, zero=zero, row=row, table=table)
 
 
 def groups_per_chunk(group: int) -> int:
@@ -101,7 +113,7 @@ def refuse(name: str, k: int, group: int) -> str | None:
     if name in ("nvfp4", "mxfp4", "fp4"):
         return None
     grid = name.removesuffix("-asym")
-    if grid not in CODES:
+    if grid not in CODES and name not in _TABLE_FORMATS:
         return f"no kernel unpacks {name}"
     if 0 < group < k and group % 16:
         return f"its groups of {group} inputs are no multiple of 16"
@@ -111,10 +123,15 @@ def refuse(name: str, k: int, group: int) -> str | None:
 def code_bits(grid: str) -> tuple[tuple[int, ...], ...]:
     """Return, for each code of a word, where its bits lie, the lowest first; int3's third bit, at 32 and up, in `bits`.
 
-    Codes `2 * i` and `2 * i + 1` lie 16 bits apart.
+    Codes `2 * i` and `2 * i + 1` lie 16 bits apart. Of table indices, the lowest three bits lie in nibbles, in order,
+    where a byte permutation reads them; the fourth bits of the first four codes are the top bits of bytes, those of the
+    others lie four places below.
     """
-    places = []
+    places: list[tuple[int, ...]] = []
     for code in range(CODES[grid]):
+        if grid in TABLES:
+            places.append((4 * code, 4 * code + 1, 4 * code + 2, 8 * (code % 4) + (7 if code < 4 else 3)))
+            continue
         pair, half = divmod(code, 2)
         if grid in _FLOAT_BITS:
             magnitude, sign = (bits[pair] for bits in _FLOAT_BITS[grid])
@@ -138,6 +155,8 @@ def constants(grid: str, dtype: torch.dtype) -> tuple[int, int, int]:
     def exponent(power: int) -> int:
         return (bias + power << mantissa) * 0x10001
 
+    if grid in TABLES:
+        return 0, 0, 0
     if grid in _FLOAT_BITS:
         lowest = mantissa - (1 if grid == "e2m1" else 0)
         # As int32: kernel arguments are signed.
@@ -148,6 +167,48 @@ def constants(grid: str, dtype: torch.dtype) -> tuple[int, int, int]:
         # The second one is minus twice the first.
         return exponent(mantissa), (exponent(mantissa + 1) | 0x80008000) - (1 << 32), 0
     return exponent(mantissa), exponent(mantissa - 2), exponent(mantissa - 4)
+
+
+def table_words(values: Tensor, exponent: Tensor | None = None) -> Tensor:
+    """Return a table as the kernels read it, int32 `[3, 16]`, on the device of `values`.
+
+    Row 0 is the table itself, float32. Row 1 is for float16 and row 2 for bfloat16: entries, rounded to that dtype, as
+    the low bytes of entries 0 to 3 and 4 to 7, their high bytes, then the same of entries 8 to 15; and word 8 is the
+    float32 by which sums must be multiplied, a power of two: entries are scaled so that the largest is in
+    `[2^14, 2^15)`, where float16 has the most room below. Word 9 of row 1 is not for kernels.
+
+    Args:
+        values: float32 `[16]`, finite.
+        exponent: float32 `[1]`: what a table of powers was made from; `table_exponent` gives it back.
+    """
+    _, top = torch.frexp(values.abs().amax())
+    unit = torch.ldexp(torch.ones_like(values[0]), top - 15)
+    rows = [values.float().view(torch.int32)]
+    for dtype in (torch.float16, torch.bfloat16):
+        bits = (values / unit).to(dtype).view(torch.int16).to(torch.int64) & 0xFFFF
+        quads = torch.stack((bits & 0xFF, bits >> 8)).unflatten(1, (2, 2, 4))  # [byte, half, register, entry]
+        shifts = torch.tensor([0, 8, 16, 24], device=values.device)
+        registers = (quads << shifts).sum(-1).transpose(0, 1).flatten()  # low and high bytes of the first eight, ...
+        last = unit.view(1).view(torch.int32).to(torch.int64)
+        rows.append(_signed(functional.pad(torch.cat((registers, last)), (0, 7)) & 0xFFFFFFFF, 32).to(torch.int32))
+    if exponent is not None:
+        rows[1][9] = exponent.float().view(torch.int32)[0]
+    return torch.stack(rows)
+
+
+def table_values(table: Tensor) -> Tensor:
+    """Return the float32 `[16]` that `table_words` was given."""
+    return table[0].view(torch.float32)
+
+
+def table_exponent(table: Tensor) -> Tensor:
+    """Return the float32 `[1]` exponent that `table_words` was given."""
+    return table[1, 9:10].clone().view(torch.float32)
+
+
+def is_signed(values: Tensor) -> bool:
+    """Return whether the second half of a table `[16]` is the first, negated: what `table8` can hold."""
+    return torch.equal(values[8:], -values[:8])
 
 
 def pack_words(codes: Tensor, grid: str) -> tuple[Tensor, Tensor]:

@@ -12,21 +12,24 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from compressor.kernels.gpu.decode import decode, scale_pairs
+from compressor.kernels.gpu.decode import decode, load_table, scale_pairs
 
 
 @triton.jit(do_not_specialize=["m", "or0", "or1", "or2"])
 def packed_matmul(
-    x_ptr, words_ptr, bits_ptr, scale_ptr, zero_ptr, row_ptr, bias_ptr, y_ptr, partial_ptr, counter_ptr,
-    m, n, k, n_tiles, steps, x_stride_m, x_stride_k, words_stride, scale_stride, y_stride, or0, or1, or2, unit,
+    x_ptr, words_ptr, bits_ptr, scale_ptr, zero_ptr, row_ptr, table_ptr, bias_ptr, y_ptr, partial_ptr, counter_ptr,
+    blocks_ptr, order_ptr,
+    m, n, k, n_tiles, steps, x_stride_m, x_stride_k, words_stride, scale_stride, y_stride, words_expert, scale_expert,
+    row_expert, per_token, or0, or1, or2, unit,
     GRID: tl.constexpr, GROUP: tl.constexpr, PER: tl.constexpr, SCALE: tl.constexpr, ON_WEIGHTS: tl.constexpr,
     ROW: tl.constexpr, HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, CODES: tl.constexpr, EVEN_K: tl.constexpr,
-    CARRY: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    INTERPRET: tl.constexpr,
+    CARRY: tl.constexpr, REGISTERS: tl.constexpr, SPLIT: tl.constexpr, GROUPED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Compute `y = x @ weight.T + bias` on a grid of `n_tiles * ceil(m / BLOCK_M)` times `SPLIT` programs.
 
-    Weights are padded so that they need no masks; activations and results are masked.
+    Weights are padded so that they need no masks; activations and results are masked. With `GROUPED` weights are stacks
+    of experts, and a program multiplies rows that chose the same one: `y[r] = x[r // per_token] @ weight[expert].T`.
 
     Args:
         x_ptr: `[m, k]`, float16 or bfloat16.
@@ -35,10 +38,14 @@ def packed_matmul(
         scale_ptr: `[groups / PER, >= n, PER]`: floats, E4M3 or shifted E8M0 bytes, by `SCALE`.
         zero_ptr: float16, of the same shape: zero code less zero point, if `HAS_ZERO`.
         row_ptr: float32 `[>= n]`: what whole rows are multiplied (`ROW` 1) or, with `e4m3`, divided (2) by.
+        table_ptr: int32 `[3, 16]`, for tables; see `layout.table_words`.
         bias_ptr: `[n]`, if `HAS_BIAS`.
         y_ptr: `[m, n]` in the dtype of x.
         partial_ptr: float32 `[SPLIT, tiles, BLOCK_N, BLOCK_M]`, if `SPLIT > 1`.
         counter_ptr: int32 `[tiles]`, zero before and after, if `SPLIT > 1`.
+        blocks_ptr: int32 `[blocks, 3]`, if `GROUPED`: the expert of `BLOCK_M` rows (-1: none), the place in `order` of
+            the first, and the place behind the expert's last.
+        order_ptr: int32, if `GROUPED`: rows of y sorted by expert.
         m: Rows of x.
         n: Rows of the weight.
         k: Columns of both.
@@ -49,6 +56,10 @@ def packed_matmul(
         words_stride: See `x_stride_m`.
         scale_stride: See `x_stride_m`.
         y_stride: See `x_stride_m`.
+        words_expert: Words between two experts, if `GROUPED`, and so on.
+        scale_expert: See `words_expert`.
+        row_expert: See `words_expert`.
+        per_token: Rows of y that each row of x makes, if `GROUPED`.
         or0: See `decode`.
         or1: See `decode`.
         or2: See `decode`.
@@ -64,7 +75,9 @@ def packed_matmul(
         CODES: Codes per word.
         EVEN_K: Whether `BLOCK_K` divides k.
         CARRY: Whether the matrix unit adds to the running sum itself; if not, each step's product is added to it.
+        REGISTERS: Whether the matrix unit takes operands from registers alone.
         SPLIT: Programs that share the work along K.
+        GROUPED: Whether weights are stacks of experts.
         BLOCK_M: Rows of x per program.
         BLOCK_N: Rows of the weight per program.
         BLOCK_K: Columns per step.
@@ -75,6 +88,22 @@ def packed_matmul(
     split = tl.program_id(1)
     offs_n = (tile % n_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_m = (tile // n_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows, there = offs_m, offs_m < m
+    if GROUPED:
+        block_ptr = blocks_ptr + 3 * (tile // n_tiles)
+        expert = tl.load(block_ptr).to(tl.int64)
+        if expert < 0:
+            return
+        places = tl.load(block_ptr + 1) + tl.arange(0, BLOCK_M)
+        there = places < tl.load(block_ptr + 2)
+        offs_m = tl.load(order_ptr + places, mask=there, other=0)
+        rows = offs_m // per_token
+        words_ptr += expert * words_expert
+        bits_ptr += expert * words_expert
+        scale_ptr += expert * scale_expert
+        zero_ptr += expert * scale_expert
+        row_ptr += expert * row_expert
+        table_ptr += expert * 48
     offs_k = tl.arange(0, BLOCK_K)
     offs_w = tl.arange(0, BLOCK_K // CODES)
     first = split * steps
@@ -82,7 +111,7 @@ def packed_matmul(
     words_at = offs_n[:, None].to(tl.int64) * words_stride + (first * (BLOCK_K // CODES) + offs_w)[None, :]
     words_ptrs = words_ptr + words_at
     bits_ptrs = bits_ptr + words_at
-    x_ptrs = x_ptr + offs_m[:, None].to(tl.int64) * x_stride_m + (first * BLOCK_K + offs_k)[None, :] * x_stride_k
+    x_ptrs = x_ptr + rows[:, None].to(tl.int64) * x_stride_m + (first * BLOCK_K + offs_k)[None, :] * x_stride_k
     row = tl.full((BLOCK_N,), 1.0, tl.float32) * unit
     if ROW == 1:
         row = tl.load(row_ptr + offs_n)
@@ -93,13 +122,23 @@ def packed_matmul(
     SCALED: tl.constexpr = ON_WEIGHTS or (FLOAT and DTYPE == tl.bfloat16)
     if FLOAT and not SCALED:
         row *= 32768.0
+    if REGISTERS:
+        # Where Triton finds a `join` before the operand of such a product, it gives it a layout that takes several
+        # times the loads and a move for every register. It does not look into branches, so decoding is in one. The
+        # assembler never sees it: it is told that there are rows.
+        tl.assume(m > 0)
+        # Zero, but the compiler must not know, and a register of every thread. An instruction takes one constant: the
+        # mask; arguments are constants, too, and would cost an instruction more.
+        nothing = ((offs_n + n) >> 31).to(tl.uint32)[:, None]
+        or0, or1, or2 = nothing | or0.to(tl.uint32), nothing | or1.to(tl.uint32), nothing | or2.to(tl.uint32)
+    table, factor = load_table(table_ptr, GRID, DTYPE)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for step in range(first, last):
         words = tl.load(words_ptrs, eviction_policy="evict_first")
         bits = words
         if GRID == "int3":
             bits = tl.load(bits_ptrs, eviction_policy="evict_first").to(tl.uint32)
-        mask = (offs_m < m)[:, None]
+        mask = there[:, None]
         if not EVEN_K:
             mask = mask & (step * BLOCK_K + offs_k < k)[None, :]
         x = tl.load(x_ptrs, mask=mask, other=0.0)
@@ -113,8 +152,15 @@ def packed_matmul(
             scale = per_word(scale_pairs(scale, SCALE, DTYPE, INTERPRET), GROUP, CODES, BLOCK_K)
         elif SCALED:
             scale = tl.full((BLOCK_N, 1), 0x7F007F00, tl.uint32)  # 2**127, twice
-        w = decode(words, bits, or0, or1, or2, zero, scale, GRID, HAS_ZERO, SCALED, DTYPE, INTERPRET)
-        w = w.reshape(BLOCK_N, BLOCK_K)
+        if REGISTERS:
+            if m > 0:  # always, see above
+                w = decode(words, bits, or0, or1, or2, table, zero, scale, GRID, HAS_ZERO, SCALED, DTYPE, INTERPRET)
+                w = w.reshape(BLOCK_N, BLOCK_K)
+            else:
+                w = tl.zeros((BLOCK_N, BLOCK_K), DTYPE)
+        else:
+            w = decode(words, bits, or0, or1, or2, table, zero, scale, GRID, HAS_ZERO, SCALED, DTYPE, INTERPRET)
+            w = w.reshape(BLOCK_N, BLOCK_K)
         if INTERPRET:
             x = x.to(tl.float32)
         if CARRY:
@@ -129,8 +175,10 @@ def packed_matmul(
         x_ptrs += BLOCK_K * x_stride_k
     if CARRY:
         acc *= row[:, None]
+    if GRID == "table8" or GRID == "table16":
+        acc *= factor
     if SPLIT == 1:
-        _store(acc, bias_ptr, y_ptr, y_stride, offs_m, offs_n, m, n, HAS_BIAS)
+        _store(acc, bias_ptr, y_ptr, y_stride, offs_m, offs_n, there, n, HAS_BIAS)
     else:
         inside = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
         tiles = tl.num_programs(0)
@@ -144,17 +192,17 @@ def packed_matmul(
                 part_ptrs = partial_ptrs + tl.cast(other, tl.int64) * tiles * (BLOCK_N * BLOCK_M)
                 total += tl.load(part_ptrs, cache_modifier=".cg")
             tl.store(counter_ptr + tile, 0)
-            _store(total, bias_ptr, y_ptr, y_stride, offs_m, offs_n, m, n, HAS_BIAS)
+            _store(total, bias_ptr, y_ptr, y_stride, offs_m, offs_n, there, n, HAS_BIAS)
 
 
 @triton.jit
-def _store(acc, bias_ptr, y_ptr, y_stride, offs_m, offs_n, m, n, HAS_BIAS: tl.constexpr):
+def _store(acc, bias_ptr, y_ptr, y_stride, offs_m, offs_n, there, n, HAS_BIAS: tl.constexpr):
     """Add the bias to `acc` `[n, m]`, round it once and write it `[m, n]`."""
     y = tl.trans(acc)
     if HAS_BIAS:
         y += tl.load(bias_ptr + offs_n, mask=offs_n < n, other=0.0).to(tl.float32)[None, :]
     y_ptrs = y_ptr + offs_m[:, None].to(tl.int64) * y_stride + offs_n[None, :]
-    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=(offs_m < m)[:, None] & (offs_n < n)[None, :])
+    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=there[:, None] & (offs_n < n)[None, :])
 
 
 @triton.jit

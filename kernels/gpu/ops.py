@@ -56,6 +56,7 @@ def packed_linear(
     scale: Tensor,
     zero: Tensor,
     row: Tensor,
+    table: Tensor,
     bias: Tensor | None,
     grid: str,
     n: int,
@@ -67,7 +68,7 @@ def packed_linear(
     path: str,
 ) -> Tensor:
     """See `linear`; a weight's attributes one by one."""
-    weight = RuntimeWeight(grid, (n, k), group, scale_kind, row_kind, words, bits, scale, zero, row)
+    weight = RuntimeWeight(grid, (n, k), group, scale_kind, row_kind, words, bits, scale, zero, row, table)
     _check(x, weight, path)
     flat = x.reshape(-1, k)
     if x.device.type != "cuda":
@@ -86,6 +87,7 @@ def _(
     scale: Tensor,
     zero: Tensor,
     row: Tensor,
+    table: Tensor,
     bias: Tensor | None,
     grid: str,
     n: int,
@@ -108,6 +110,7 @@ def unpack_weight(
     scale: Tensor,
     zero: Tensor,
     row: Tensor,
+    table: Tensor,
     grid: str,
     n: int,
     k: int,
@@ -117,7 +120,7 @@ def unpack_weight(
     dtype: torch.dtype,
 ) -> Tensor:
     """See `dense`; a weight's attributes one by one."""
-    weight = RuntimeWeight(grid, (n, k), group, scale_kind, row_kind, words, bits, scale, zero, row)
+    weight = RuntimeWeight(grid, (n, k), group, scale_kind, row_kind, words, bits, scale, zero, row, table)
     if words.device.type != "cuda":
         return decode(weight).to(dtype)
     with torch.cuda.device(words.device):
@@ -131,6 +134,7 @@ def _(
     scale: Tensor,
     zero: Tensor,
     row: Tensor,
+    table: Tensor,
     grid: str,
     n: int,
     k: int,

@@ -11,13 +11,28 @@ from torch import Tensor
 
 from compressor.errors import UnsupportedError
 from compressor.formats.base import PackedTensor, QParams, QuantFormat, n_groups
+from compressor.formats.codebook import Codebook
 from compressor.formats.e2m1 import decode_e2m1
 from compressor.formats.e8m0 import decode_e8m0
 from compressor.formats.float4 import SPLITS, Float4
 from compressor.formats.ints import IntFormat
 from compressor.formats.mxfp4 import MXFP4
 from compressor.formats.nvfp4 import NVFP4
-from compressor.kernels.gpu.layout import CODES, PAD_ROWS, RuntimeWeight, chunked, pack_words, unchunked, unpack_words
+from compressor.formats.power import Power
+from compressor.kernels.gpu.layout import (
+    CODES,
+    PAD_ROWS,
+    TABLES,
+    RuntimeWeight,
+    chunked,
+    is_signed,
+    pack_words,
+    table_exponent,
+    table_values,
+    table_words,
+    unchunked,
+    unpack_words,
+)
 
 TOP_BYTE = 254
 """The E8M0 byte of a row's largest scale: its float32 is the largest power of two."""
@@ -50,6 +65,8 @@ def prepare(packed: PackedTensor, fmt: QuantFormat) -> RuntimeWeight:
         return _weight(codes, "e2m1", fmt.group_size, "e8m0", "times", chunked(moved, fmt.group_size), _padded(row))
     if isinstance(fmt, Float4):
         return _channel_floats(codes, q)
+    if isinstance(fmt, Codebook) and fmt.bits <= 4:
+        return _table(codes, q, fmt)
     raise UnsupportedError(f"no kernel unpacks {fmt.name}", "use the reference")
 
 
@@ -59,6 +76,9 @@ def restore(weight: RuntimeWeight, fmt: QuantFormat) -> PackedTensor:
     n, k = weight.shape
     if isinstance(fmt, IntFormat):
         return fmt.pack(codes, _integer_params(weight, fmt))
+    if weight.grid in TABLES:
+        assert isinstance(fmt, Codebook), fmt.name
+        return fmt.pack(*_table_params(codes, weight, fmt))
     scale = unchunked(weight.scale, n, n_groups(k, fmt.group_size)) if weight.group else weight.row[:n, None]
     if isinstance(fmt, NVFP4):
         return fmt.pack(codes, QParams(scale.view(torch.float8_e4m3fn), global_scale=weight.row[:1].clone()))
@@ -80,6 +100,8 @@ def decode(weight: RuntimeWeight) -> Tensor:
     n, k = weight.shape
     if weight.grid == "e2m1" and weight.group:
         values = decode_e2m1(codes)
+    elif weight.grid in TABLES:
+        values = table_values(weight.table)[codes.int()]
     elif weight.grid in SPLITS:
         values = torch.tensor(SPLITS[weight.grid], dtype=torch.float32, device=codes.device)[codes.int()]
     else:
@@ -139,6 +161,37 @@ def _channel_floats(codes: Tensor, q: QParams) -> RuntimeWeight:
     return _weight(codes, split, 0, "none", "times", None, _padded(q.scale[:, 0]))
 
 
+def _table(codes: Tensor, q: QParams, fmt: Codebook) -> RuntimeWeight:
+    """Lay out what indexes a table of up to sixteen values."""
+    n, k = codes.shape
+    assert q.codebook is not None, f"{fmt.name} parameters carry a table"
+    half = 1 << (fmt.bits - 1)
+    values = q.codebook.new_zeros(16)  # the halves begin at 0 and at 8, however few there are in each
+    values[:half], values[8 : 8 + half] = q.codebook[:half], q.codebook[half:]
+    codes = codes + (codes >> (fmt.bits - 1)) * (8 - half)
+    grid = "table8" if is_signed(values) else "table16"
+    group = 0 if n_groups(k, fmt.group_size) == 1 else fmt.group_size or 0
+    scale = q.scale.reshape(1, 1).expand(n, 1) if q.scale.ndim == 1 else q.scale  # [n, groups]
+    table = table_words(values, q.exponent)
+    if group:
+        return _weight(codes, grid, group, "float", "none", chunked(scale, group), None, table=table)
+    return _weight(codes, grid, 0, "none", "times", None, _padded(scale[:, 0].float()), table=table)
+
+
+def _table_params(codes: Tensor, weight: RuntimeWeight, fmt: Codebook) -> tuple[Tensor, QParams]:
+    """Return the format's own codes and parameters."""
+    n, k = weight.shape
+    half = 1 << (fmt.bits - 1)
+    values = table_values(weight.table)
+    codebook = torch.cat((values[:half], values[8 : 8 + half]))
+    scale = unchunked(weight.scale, n, n_groups(k, fmt.group_size)) if weight.group else weight.row[:n, None]
+    codes = codes - (codes >> 3) * (8 - half)
+    if not isinstance(fmt, Power):
+        return codes, QParams(scale.contiguous(), codebook=codebook)
+    scale = scale[0] if fmt.per_tensor else scale
+    return codes, QParams(scale.to(fmt.dtype).contiguous(), codebook=codebook, exponent=table_exponent(weight.table))
+
+
 def _weight(
     codes: Tensor,
     grid: str,
@@ -148,6 +201,7 @@ def _weight(
     scale: Tensor | None,
     row: Tensor | None,
     zero: Tensor | None = None,
+    table: Tensor | None = None,
 ) -> RuntimeWeight:
     words, bits = pack_words(codes, grid)
     n, k = codes.shape
@@ -162,6 +216,7 @@ def _weight(
         scale=torch.empty(0, dtype=torch.float16, device=codes.device) if scale is None else scale,
         zero=torch.empty(0, dtype=torch.float16, device=codes.device) if zero is None else zero,
         row=torch.empty(0, dtype=torch.float32, device=codes.device) if row is None else row,
+        table=torch.empty(0, dtype=torch.int32, device=codes.device) if table is None else table,
     )
 
 

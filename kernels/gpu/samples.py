@@ -6,7 +6,16 @@ import math
 
 import torch
 
-from compressor.kernels.gpu.layout import CODES, PAD_COLUMNS, PAD_ROWS, RuntimeWeight, groups_per_chunk
+from compressor.kernels.gpu.int_weight import IntWeight, pack_bytes
+from compressor.kernels.gpu.layout import (
+    CODES,
+    PAD_COLUMNS,
+    PAD_ROWS,
+    TABLES,
+    RuntimeWeight,
+    groups_per_chunk,
+    table_words,
+)
 
 KINDS: dict[str, tuple[int, str, str]] = {
     "group": (128, "float", "none"),
@@ -72,4 +81,39 @@ def random_weight(
         scale=scale,
         zero=torch.empty(0, dtype=torch.float16, device=device),
         row=row,
+        table=_random_table(grid, generator, device),
     )
+
+
+def random_int_weight(
+    bits: int, n: int, k: int, group: int, device: torch.device | str = "cpu", seed: int = 0
+) -> IntWeight:
+    """Return a weight of random integers for products with integers, scales around 0.01.
+
+    Args:
+        bits: 4 or 8.
+        n: Rows.
+        k: Columns.
+        group: Columns per scale; 0 for whole rows.
+        device: Where it is made.
+        seed: Of the random numbers.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    half = 1 << (bits - 1)
+    numbers = torch.randint(-half, half, (n, k), generator=generator, device=device, dtype=torch.int8)
+    rows = -(-n // PAD_ROWS) * PAD_ROWS
+    size = (k // group, rows) if group else (rows,)
+    scale = torch.rand(size, generator=generator, device=device) * 0.01 + 0.005
+    sums = torch.zeros(rows, dtype=torch.float32 if group else torch.int32, device=device)
+    if group:
+        sums[:n] = (numbers.unflatten(1, (-1, group)).sum(-1) * scale[:, :n].T).sum(1)
+    else:
+        sums[:n] = numbers.sum(1, dtype=torch.int32)
+    return IntWeight(bits, (n, k), group, pack_bytes(numbers, bits), scale, sums)
+
+
+def _random_table(grid: str, generator: torch.Generator, device: torch.device | str) -> torch.Tensor:
+    if grid not in TABLES:
+        return torch.empty(0, dtype=torch.int32, device=device)
+    values = torch.randn(16, generator=generator, device=device)
+    return table_words(torch.cat((values[:8], -values[:8])) if grid == "table8" else values)

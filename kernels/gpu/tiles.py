@@ -55,12 +55,14 @@ class Config:
         on_weights: Whether group scales multiply weights rather than partial sums.
         carry: Whether the matrix unit adds up along K by itself.
         split: Programs that share the work along K.
+        registers: Whether the matrix unit takes operands from registers alone, as it does before sm_90.
     """
 
     tile: Tile
     on_weights: bool
     carry: bool
     split: int
+    registers: bool = False
 
 
 def path_for(m: int) -> str:
@@ -137,7 +139,7 @@ def configure_with(
     tile, on_weights = fit_groups(tile, grid, group, scale_kind, scale_matches)
     carry = carries(tile, group, on_weights, sm)
     tiles = -(-n // tile.block_n) * -(-m // tile.block_m)
-    return Config(tile, on_weights, carry, split_for(tiles, -(-k // tile.block_k), processors))
+    return Config(tile, on_weights, carry, split_for(tiles, -(-k // tile.block_k), processors), sm < 90)
 
 
 def carries(tile: Tile, group: int, on_weights: bool, sm: int) -> bool:

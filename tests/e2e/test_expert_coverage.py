@@ -101,6 +101,25 @@ def test_forced_routing_fills_what_the_reserve_cannot(tmp_path: Path) -> None:
             assert weight.any()
 
 
+def test_methods_that_learn_without_statistics_count_and_say_so(tmp_path: Path) -> None:
+    model = models.tiny_olmoe()
+    for name, param in model.named_parameters():
+        if name.endswith("mlp.gate.weight"):
+            param.zero_()  # everything goes to the same two experts
+    settings: dict[str, Any] = {"method": "flexround", "options": {"iters": 1}, "min_expert_tokens": 20}
+    report = run(model, tmp_path, **settings)
+    rows = [row for row in report.rows if ".experts." in row.name]
+    assert sorted(row.routed for row in rows) == [0] * 12 + [N_SAMPLES * SEQ_LEN] * 12
+    assert all(row.error is not None for row in rows)
+    assert [unit["expert_tokens_fewest"] for unit in report.units if "expert_tokens_fewest" in unit] == [0, 0]
+    said = [event for event in report.events if "flexround learns from no others" in event]
+    unreached = [row.name.split(".experts.")[1][0] for row in rows[:12] if not row.routed][::3]
+    assert [event.rpartition(": ")[2] for event in said] == [", ".join(f"{expert} (0)" for expert in unreached)] * 2
+    for name, weight in dequantized(tmp_path / "out"):
+        assert torch.isfinite(weight).all()
+        assert ".experts." not in name or weight.any()
+
+
 def test_the_default_is_half_a_percent() -> None:
     assert CalibrationSpec().expert_tokens == 82  # of 32 x 512
     assert CalibrationSpec(min_expert_tokens=0).expert_tokens == 0
@@ -165,7 +184,7 @@ def test_forced_tokens_are_those_the_router_likes_best() -> None:
     rows = torch.randn(30, 8, generator=generator)
     logits = rows @ matrix.T
     chosen = logits.topk(1).indices
-    forced = ForcedRouting({("s", 2): 5}, {"s": stack}, {"s": lambda hidden: hidden @ matrix.T})
+    forced = ForcedRouting({("s", 2): 5}, {"s": stack}, {"s": lambda hidden: (hidden @ matrix.T).softmax(-1)})
     with forced.attached():
         for part, own in zip(rows.split(10), chosen.split(10), strict=True):
             stack(part, own, torch.ones_like(own))

@@ -17,6 +17,7 @@ from compressor.api import make_overrides, prepare_bits
 from compressor.bits import Bits
 from compressor.cli.app import app
 from compressor.errors import RecipeError
+from compressor.priorities import parse_stages
 from compressor.recipe import CalibrationSpec, Recipe
 from compressor.report import RunReport
 from compressor.runtime import PackedExperts
@@ -34,10 +35,10 @@ def source(tmp_path: Path) -> Path:
     return save_checkpoint(model.to(torch.bfloat16), tmp_path / "source")
 
 
-def chosen(source: Path, target: float, menu: tuple[str, ...] = (), **recipe: Any) -> Bits:
+def chosen(source: Path, target: float, menu: tuple[str, ...] = (), by: str = "measured", **recipe: Any) -> Bits:
     spec = CalibrationSpec(data=str(source.parent / "text.txt"), n_samples=4, seq_len=32)
     wanted = Recipe(model=str(source), group_size="32", calibration=spec, **{"method": "rtn", **recipe})
-    return prepare_bits(wanted, target, menu, source.parent / "unused")[1]
+    return prepare_bits(wanted, target, menu, source.parent / "unused", stages=parse_stages(by))[1]
 
 
 def run(source: Path, out: Path, **settings: Any) -> RunReport:
@@ -65,9 +66,12 @@ def test_what_errs_most_gets_more_bits(source: Path) -> None:
     formats = dict(bits.formats)
     assert formats["model.layers.0.self_attn.o_proj.weight"] == "int8"
     assert "int3" in formats.values()
+    assert bits.bound is not None
+    assert bits.cost is not None
     assert bits.bound <= bits.cost
     assert bits.bits <= 4.0
     more = chosen(source, 6.0, ("int3", "int4", "int8"))
+    assert more.cost is not None
     assert more.cost < bits.cost
     assert more.bits > bits.bits
 
@@ -128,4 +132,63 @@ def test_the_command_prints_what_it_chose(source: Path, tmp_path: Path) -> None:
     assert "predicted squared error" in done.output
     assert not (tmp_path / "out").exists()
     wrong = CliRunner().invoke(app, ["quantize", str(source), "--menu", "int4"])
+    assert isinstance(wrong.exception, RecipeError | SystemExit)
+
+
+# --- by rule ---
+
+
+def high(bits: Bits) -> set[str]:
+    """Return the groups with the larger format, blocks as `layer.part`."""
+    names = (name for name, chosen in bits.formats.items() if chosen == "int4")
+    return {".".join(name.removesuffix(".weight").split(".")[2:]) for name in names}
+
+
+ATTENTION = {f"{i}.self_attn.{part}" for i in (0, 1) for part in ("q_proj+k_proj+v_proj", "o_proj")}
+SHARED = {f"1.mlp.shared_expert.{part}" for part in ("gate_proj+up_proj", "down_proj")}
+
+
+def test_rules_spend_in_their_order(source: Path) -> None:
+    """int2 and int4 in groups of 32 take 2.5 and 4.5 bits."""
+    everything = high(chosen(source, 4.6, by="attention,shared,first"))
+    assert everything == ATTENTION | SHARED | {"0.mlp.gate_proj+up_proj", "0.mlp.down_proj", "1.mlp.experts"}
+    assert high(chosen(source, 4.5, by="attention")) == ATTENTION
+    assert high(chosen(source, 4.5, by="shared")) == SHARED
+    some = chosen(source, 3.1, by="attention,shared")
+    assert some.bits <= 3.1
+    assert high(some) < ATTENTION | SHARED
+    assert {"0.self_attn.q_proj+k_proj+v_proj", "0.self_attn.o_proj"} <= high(some)
+    assert some.cost is None
+    assert "by rule (attention, shared)" in some.sentence()
+    first = high(chosen(source, 3.3, by="first"))
+    assert first
+    assert all(name.startswith("0.mlp") for name in first)
+
+
+def test_outliers_and_importance(tmp_path: Path) -> None:
+    write_text(tmp_path / "text.txt", 1500)
+    model = models.tiny_olmoe()
+    with torch.no_grad():
+        model.get_parameter("model.layers.1.mlp.experts.down_proj")[2, 0, 0] = 9
+        model.get_parameter("model.layers.0.mlp.experts.down_proj").mul_(20)  # drowns the residual
+    source = save_checkpoint(model.to(torch.bfloat16), tmp_path / "source")
+    assert high(chosen(source, 3.4, by="outliers")) == {"1.mlp.experts"}
+    assert high(chosen(source, 3.4, by="importance")) == {"0.mlp.experts"}
+    report = run(source, tmp_path / "out", target_bits=3.4, bits_by="outliers")
+    assert {row.action for row in report.rows if ".layers.1.mlp.experts." in row.name} == {"int4"}
+    assert any("by rule (outliers)" in event for event in report.events)
+
+
+def test_importance_of_an_encoder_whose_parts_are_narrower(tmp_path: Path) -> None:
+    write_text(tmp_path / "text.txt", 1500)
+    source = save_checkpoint(models.tiny_bert(), tmp_path / "source")
+    assert chosen(source, 3.5, by="attention,importance").bits <= 3.5
+
+
+def test_refusals_of_rules(source: Path) -> None:
+    with pytest.raises(RecipeError, match="--bits-by frequency: no such rule"):
+        chosen(source, 3.5, by="frequency")
+    with pytest.raises(RecipeError, match="two formats, not 3"):
+        chosen(source, 4.0, ("int2", "int3", "int4"), by="attention")
+    wrong = CliRunner().invoke(app, ["quantize", str(source), "--bits-by", "attention"])
     assert isinstance(wrong.exception, RecipeError | SystemExit)

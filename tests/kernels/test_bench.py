@@ -11,9 +11,10 @@ from compressor.kernels.bench.__main__ import empty_report, main
 from compressor.kernels.bench.measure import repack_seconds
 from compressor.kernels.bench.results import NOT_MEASURED, Cell, Machine, Report, geomean, render
 from compressor.kernels.bench.roofline import FORMATS, LAYERS, ROWS, floor_seconds, ideal_speedup, layer_bytes
+from compressor.kernels.gpu import int_weight
 from compressor.kernels.gpu.launch import Counters
 from compressor.kernels.gpu.prepare import decode
-from compressor.kernels.gpu.samples import random_weight
+from compressor.kernels.gpu.samples import random_int_weight, random_weight
 from compressor.kernels.gpu.timing import copies_for
 
 BY_NAME = {row.name: row for row in FORMATS}
@@ -21,9 +22,17 @@ BY_NAME = {row.name: row for row in FORMATS}
 
 def test_bytes_of_a_layer_are_those_of_the_weight_in_memory() -> None:
     for row in FORMATS:
+        if row.inputs:
+            integers = random_int_weight(int(row.grid.removeprefix("int")), 128, 256, row.group)
+            assert integers.nbytes == row.weight_bytes(128, 256), row.name
+            assert torch.isfinite(int_weight.decode(integers)).all()
+            continue
         weight = random_weight(row.grid, 128, 256, row.kind, group=row.group)
         assert weight.nbytes == row.weight_bytes(128, 256), row.name
         assert torch.isfinite(decode(weight)).all()
+    experts = BY_NAME["int4 g128, 8 experts"]
+    touched = [experts.touched_bytes(128, 256, m) // experts.weight_bytes(128, 256) for m in (1, 2, 4, 100)]
+    assert touched == [2, 4, 8, 8]
     assert BY_NAME["int4 g128"].weight_bytes(8192, 8192) * 8 / 8192**2 == 4.125
     assert math.isclose(BY_NAME["nvfp4"].weight_bytes(8192, 8192) * 8 / 8192**2, 4.5, rel_tol=1e-3)
 

@@ -86,8 +86,10 @@ def test_products_against_float64(name: str, group: int | str | None, x_mean: in
     for m in (1, 3, 16, 130):
         x = (torch.randn(m, 576, generator=generator) + x_mean).bfloat16()
         expected = x.double() @ dense.double().T
-        limit = 1.2 * error(packed_linear(x, packed, fmt, None, BF16), expected) + 1e-3 / m
+        reference = error(packed_linear(x, packed, fmt, None, BF16), expected)
         for path in ("packed", "decode"):
+            twice = path == "packed" and prepared.planes == 2  # results of both halves are rounded, and their sum
+            limit = (2**0.5 if twice else 1.2) * reference + 1e-3 / m
             y = matmul.linear(x, prepared, None, BF16, path)
             assert y.dtype == BF16
             assert error(y, expected) < min(limit, 4e-3), (m, path)
@@ -140,16 +142,17 @@ def test_decoding_in_steps_and_parts_is_exact(name: str, group: int | None, monk
     monkeypatch.setattr(decode, "PART", 1 << 16)  # parts of one or two blocks, the last with padding
     y = decode.decoded_linear(x, prepared, bias)
     assert error(y, x.double() @ dense.bfloat16().double().T + bias.double()) < 4e-3
-    rows = 128 if prepared.planes else 64
-    assert torch.equal(decode._decoded(prepared, 4, 5, 64), dense[256:].bfloat16())
-    assert torch.equal(decode._decoded(prepared, 0, rows // 64, 64), dense[:rows].bfloat16())
+    size = prepared.outputs if prepared.planes else 64
+    for rows, part in decode._parts(prepared, 2, size):
+        assert part.shape == (min(2 * size, 300 - rows.start), 576)
+        assert torch.equal(part, dense[rows].bfloat16())
 
 
 def test_the_operator_that_decodes_passes_opcheck() -> None:
     prepared = prepare(*weight("int4-asym", 32, (20, 64), seed=2)[:2])
     tensors = (prepared.codes, prepared.scale, prepared.rest, prepared.zero_point)
     x = torch.randn(3, 64, generator=torch.Generator().manual_seed(3)).bfloat16()
-    torch.library.opcheck(decode.decode_linear, (x, *tensors, None, 20, 64, 1, prepared.group))
+    torch.library.opcheck(decode.decode_linear, (x, *tensors, None, 20, 64, 1, prepared.block, prepared.group))
 
 
 def test_dispatch_chooses_by_rows_and_says_why() -> None:
@@ -244,6 +247,12 @@ def test_a_whole_model(fmt: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         expected = exact(tokens).logits.double()
         ours, theirs = (error(side(tokens).logits, expected) for side in (fast, plain))
         assert ours < 1.2 * theirs + 2e-3
+        whole, entering = fast(tokens).logits, []
+        head = fast.get_output_embeddings()
+        handle = head.register_forward_pre_hook(lambda _, arguments: entering.append(arguments[0].stride()))
+        torch.testing.assert_close(fast(tokens, logits_to_keep=1).logits, whole[:, -1:])
+        assert entering == [(head.in_features, head.in_features, 1)]  # PyTorch would copy the weight for others
+        handle.remove()
         rows = fast(tokens[:1, :1].expand(1, 200)).logits  # decoded once
         assert error(rows, exact(tokens[:1, :1].expand(1, 200)).logits.double()) < 1.2 * theirs + 2e-3
     # Stored as it was: saving gives the bytes on disk, moving to another dtype leaves them alone.

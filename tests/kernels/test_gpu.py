@@ -10,6 +10,9 @@ from compressor.kernels.gpu import launch, ops
 from compressor.kernels.gpu.prepare import prepare
 from compressor.kernels.gpu.samples import random_weight
 from compressor.runtime.modules import PackedLinear
+from compressor.testing import expert_kernels, int_kernels
+from compressor.testing.expert_kernels import ExpertCase
+from compressor.testing.int_kernels import IntCase
 from compressor.testing.kernels import KernelCase, build_weight, check
 from compressor.testing.models import tiny_llama
 
@@ -42,6 +45,63 @@ def test_every_format(name: str, group: int | None, dtype: str) -> None:
         result = check(KernelCase(name, group, m, n, k, dtype, bias=True), "cuda")
         assert result.error < LIMITS[dtype]
         assert result.worst_row < 2 * LIMITS[dtype]
+        assert result.clean
+        assert result.repeatable
+        assert result.weights_exact
+
+
+TABLES = [
+    ("power4", 128, "bfloat16"),
+    ("power4:0.3", None, "bfloat16"),
+    ("power3:0.1", None, "float32"),
+    ("codebook4", 64, "float32"),
+    ("codebook4:skewed", None, "float32"),
+]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(("name", "group", "scales"), TABLES)
+def test_every_table(name: str, group: int | None, scales: str, dtype: str) -> None:
+    for m, n, k in ((1, 256, 512), (16, 200, 576), (70, 1000, 1024)):
+        result = check(KernelCase(name, group, m, n, k, dtype, scales, bias=True), "cuda")
+        assert result.error < LIMITS[dtype]
+        assert result.clean
+        assert result.repeatable
+        assert result.weights_exact
+
+
+@pytest.mark.parametrize("inputs", ["int8-token", "int8-token-asym", "int8-tensor", "int6-token", "int4-token"])
+@pytest.mark.parametrize(
+    ("name", "group"), [("int8-bytes", None), ("int6", None), ("int4", None), ("int4", 64), ("int4", 128)]
+)
+def test_integers_are_exact(name: str, group: int | None, inputs: str) -> None:
+    for m, n, k in ((1, 256, 512), (16, 200, 1152), (70, 1000, 1024), (300, 320, 4096)):
+        for treated in (False, True):
+            case = IntCase(name, group, inputs, m, n, k, "bfloat16", treated)
+            result = int_kernels.check(case, "cuda")
+            assert result.weights_exact
+            assert result.error < 1e-6
+            assert result.clean
+            assert result.repeatable
+
+
+@pytest.mark.parametrize("inputs", ["fp8-token", "fp8-tensor"])
+def test_products_of_8_bit_floats(inputs: str) -> None:
+    for m, n, k in ((1, 256, 512), (17, 208, 1152), (300, 320, 4096)):
+        result = int_kernels.check(IntCase("fp8", None, inputs, m, n, k, "bfloat16"), "cuda")
+        assert result.weights_exact
+        assert result.error < LIMITS["bfloat16"]
+        assert result.clean
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(("name", "group"), [("int4", 128), ("nvfp4", 16), ("mxfp4", 32), ("power4", None)])
+def test_experts_in_one_launch(name: str, group: int | None, dtype: str) -> None:
+    scales = "bfloat16" if name == "power4" else None
+    for tokens, per_token, chosen in ((1, 2, "random"), (9, 2, "each"), (40, 4, "random"), (300, 2, "one")):
+        case = ExpertCase(name, group, tokens, per_token, 6, 200, 576, dtype, scales, chosen)
+        result = expert_kernels.check(case, "cuda")
+        assert result.error < LIMITS[dtype]
         assert result.clean
         assert result.repeatable
         assert result.weights_exact

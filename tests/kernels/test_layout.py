@@ -14,6 +14,7 @@ from compressor.kernels.gpu.layout import (
     CODES,
     PAD_COLUMNS,
     PAD_ROWS,
+    TABLES,
     chunked,
     code_bits,
     constants,
@@ -26,7 +27,7 @@ from compressor.kernels.gpu.layout import (
 from compressor.kernels.gpu.prepare import decode, prepare, restore
 from compressor.testing.kernels import KernelCase, build_weight
 
-BITS = {"int2": 2, "int3": 3, "int4": 4, "int8": 8, "e2m1": 4, "e3m0": 4}
+BITS = {"int2": 2, "int3": 3, "int4": 4, "int8": 8, "e2m1": 4, "e3m0": 4, "table8": 4, "table16": 4}
 WEIGHTS = [
     *(
         (f"int{bits}{sign}", group)
@@ -39,6 +40,8 @@ WEIGHTS = [
     ("fp4:e2m1", None),
     ("fp4:e1m2", None),
     ("fp4:e3m0", None),
+    *((f"power{bits}{exponent}", group) for bits in (2, 3, 4) for exponent in ("", ":0.3") for group in (64, None, -1)),
+    *((f"codebook{bits}{table}", group) for bits in (2, 3, 4) for table in ("", ":skewed") for group in (64, None)),
 ]
 
 
@@ -60,10 +63,14 @@ def test_words_unpack_to_what_was_packed(grid: str, shape: tuple[int, int]) -> N
 
 
 @pytest.mark.parametrize("grid", CODES)
-def test_every_bit_has_its_own_place_and_pairs_lie_16_apart(grid: str) -> None:
+def test_every_bit_has_its_own_place_where_instructions_read_it(grid: str) -> None:
     places = code_bits(grid)
     every = [place for code in places for place in code]
     assert sorted(every) == list(range(48 if grid == "int3" else 32))
+    if grid in TABLES:
+        assert [code[:3] for code in places] == [(4 * j, 4 * j + 1, 4 * j + 2) for j in range(8)]
+        assert [code[3] for code in places] == [7, 15, 23, 31, 3, 11, 19, 27]
+        return
     for even, odd in zip(places[::2], places[1::2], strict=True):
         assert [b - a for a, b in zip(even, odd, strict=True)] == [8 if a >= 32 else 16 for a in even]
 

@@ -105,6 +105,8 @@ def test_dispatch_picks_triton_on_cuda_and_says_why_not_elsewhere() -> None:
         ("int2", 64),
         ("int3-asym", 0),
         ("int8", 4096**2),
+        ("power3", 0),
+        ("codebook4", 128),
     ):
         assert TRITON.accepts(replace(GPU, format=format_name, group=group)) is None
     reasons = {
@@ -112,6 +114,7 @@ def test_dispatch_picks_triton_on_cuda_and_says_why_not_elsewhere() -> None:
         "7.5": replace(GPU, capability=(7, 5)),
         "float64": replace(GPU, dtype=torch.float64),
         "int5": replace(GPU, format="int5"),
+        "power5": replace(GPU, format="power5"),
         "groups of 24": replace(GPU, group=24),
         "'conv'": replace(GPU, op="conv"),
     }

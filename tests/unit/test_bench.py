@@ -1,5 +1,6 @@
 """Running a table: rows made once, failures recorded, kills survived, other tools' rows paired with ours."""
 
+import itertools
 import json
 import math
 import os
@@ -17,6 +18,8 @@ import yaml
 from compressor.errors import CheckpointError, RecipeError, VerificationError
 from compressor.evals.bench import rows, steps
 from compressor.evals.bench.__main__ import main
+from compressor.evals.bench.peers.__main__ import main as peers
+from compressor.evals.bench.peers.environments import SetupError
 from compressor.evals.bench.record import read_record
 from compressor.evals.bench.render import render_table
 from compressor.evals.bench.runner import Settings, Summary, run_table
@@ -114,7 +117,7 @@ class Place:
         monkeypatch.setenv("TOKENS", "0" * 64)
         monkeypatch.setenv("CALLS", str(self.calls))
 
-    def table(self, *entries: dict[str, Any]) -> Path:
+    def table(self, *entries: dict[str, Any], **changes: Any) -> Path:
         text = {"file": "text.txt", "sha256": sha256_file(self.text)}
         described = {
             "title": "A table",
@@ -122,6 +125,7 @@ class Place:
             "calibration": {**text, "samples": 4, "seq_len": 32},
             "evaluation": {**text, "tokens": 300, "context": 64},
             "rows": list(entries),
+            **changes,
         }
         path = self.folder / "mine.yaml"
         path.write_text(yaml.safe_dump(described, sort_keys=False), encoding="utf-8")
@@ -333,6 +337,68 @@ def test_rows_of_a_tool_are_scored_by_stock_transformers(place: Place) -> None:
     row = next(line for line in page.splitlines() if line.startswith("| int4 g64 llmcompressor"))
     assert "| 4.5 | 0.0 MB |" in row
     assert f"| {7.5 / 36:.4f} ± " in row, "the paired difference of 0.5 (k + 1) per segment"
+
+
+def test_rows_of_both_sides_are_read_by_stock_transformers(
+    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = place.table(RTN, TOOL, reader="stock")
+    common = ["--data-dir", str(place.data), "--work", str(place.folder / "work"), "--results", str(place.results)]
+    tool = ["--env", f"llmcompressor={sys.executable}"]
+    assert peers(["run", "--table", str(table), *common, *tool, "--output", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out.endswith("3 rows made, 0 kept, 0 failed, 0 skipped\n")
+    assert [line.split()[0] for line in place.calls.read_text().splitlines()] == ["eval", "quantize"]
+    ours = read_record(next(place.results.glob("int4-g64-rtn-*.json")))
+    assert ours is not None
+    assert ours.evaluation is not None
+    assert ours.evaluation.tasks["kl"].metrics["kl"].value == pytest.approx(2.5 / 36)
+    assert ours.commands[-1] == "python stock_score.py --model checkpoint --baseline tiny --context 64"
+    assert ours.versions == {"compressor": "1"}
+    data = json.loads((tmp_path / "out" / "peers.json").read_text())
+    assert [row["tool"] for row in data["rows"]] == [None, "compressor", "llmcompressor"]
+    assert data["jobs"][0]["ahead"] == "level"
+    assert "## Who is ahead" in (tmp_path / "out" / "peers.md").read_text()
+
+
+def test_a_tool_without_environment_is_skipped_and_named(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(name: str, *_: object) -> Path:
+        raise SetupError(f"{name}: no environment: ERROR: no such version")
+
+    monkeypatch.setattr("compressor.evals.bench.peers.__main__.make_environment", fail)
+    table = place.table(TOOL, reader="stock")
+    common = ["--data-dir", str(place.data), "--work", str(place.folder / "work"), "--results", str(place.results)]
+    assert peers(["run", "--table", str(table), *common, "--envs", str(tmp_path), "--output", str(tmp_path)]) == 3
+    said = capsys.readouterr().out
+    assert "llmcompressor: no environment: ERROR: no such version" in said
+    assert "needs --env llmcompressor=PYTHON" in said
+    assert json.loads((tmp_path / "peers.json").read_text())["missing_tools"] == {
+        "llmcompressor": "llmcompressor: no environment: ERROR: no such version"
+    }
+
+
+def test_a_row_may_calibrate_on_other_text(place: Place) -> None:
+    other = write_text(place.data / "other.txt")
+    text = {"file": "other.txt", "sha256": sha256_file(other)}
+    half = {**RTN, "label": "rtn half", "text": {**text, "part": [0.5, 1.0]}, "samples": 2, "seq_len": 16}
+    own = {**RTN, "label": "rtn self", "text": {"preset": "self"}}
+    assert place.run({**RTN, "label": "rtn other", "text": text}, half, own).complete
+    calls = [line.split() for line in place.calls.read_text().splitlines()]
+    made = {
+        flags["--n-samples"] + flags["--data"]: flags
+        for call in calls
+        if (flags := dict(itertools.pairwise(call))) and call[0] == "quantize"
+    }
+    assert f"4{other.resolve()}" in made
+    assert made["4self"]["--seq-len"] == "32"
+    part = next(flags for flags in made.values() if flags["--n-samples"] == "2")
+    whole = other.read_text(encoding="utf-8")
+    assert Path(part["--data"]).read_text(encoding="utf-8") == whole[round(len(whole) / 2) :]
+    assert part["--seq-len"] == "16"
+    record = read_record(next(place.results.glob("int4-g64-rtn-half-*.json")))
+    assert record is not None
+    assert "--data other.txt" in record.commands[0]
 
 
 def test_a_tool_row_fails_if_the_original_scores_differ(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

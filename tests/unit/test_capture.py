@@ -13,7 +13,7 @@ from compressor.calibration.capture import Capture, expert_middle
 from compressor.calibration.stats import SecondMoment
 from compressor.checkpoint.blocks import BlockSequence
 from compressor.errors import UnsupportedError
-from compressor.testing.models import sample_tokens, tiny_olmoe
+from compressor.testing.models import sample_tokens, tiny_gpt_oss, tiny_olmoe
 
 CPU = torch.device("cpu")
 FULL = SecondMoment()
@@ -139,14 +139,21 @@ def test_nothing_stays_attached(sequence: BlockSequence) -> None:
     assert not any(module._forward_pre_hooks for module in sequence.model.modules())
 
 
-@pytest.mark.parametrize("flag", ["is_transposed", "has_bias"])
-def test_unknown_expert_layouts_are_refused(sequence: BlockSequence, flag: str) -> None:
+def test_layouts_other_than_the_usual_one() -> None:
+    """GPT-OSS keeps matrices transposed, lets gate and up alternate, and adds biases."""
+    stack = tiny_gpt_oss().get_submodule("model.layers.0.mlp.experts")
+    rows = torch.randn(7, 64, generator=torch.Generator().manual_seed(5))
+    for expert in range(EXPERTS):
+        chosen = torch.full((7, 1), expert)
+        out = stack(rows, chosen, torch.ones(7, 1))
+        middle = expert_middle(stack, expert, rows)
+        ours = middle @ stack.get_parameter("down_proj")[expert] + stack.get_parameter("down_proj_bias")[expert]
+        torch.testing.assert_close(ours, out, rtol=1e-4, atol=1e-5)
+
+
+def test_unknown_expert_layouts_are_refused(sequence: BlockSequence, monkeypatch: pytest.MonkeyPatch) -> None:
     stack = sequence.model.get_submodule("model.layers.0.mlp.experts")
-    had = getattr(stack, flag)
-    try:
-        setattr(stack, flag, True)
-        with pytest.raises(UnsupportedError, match=flag) as error:
-            expert_middle(stack, 0, torch.zeros(1, 64))
-    finally:
-        setattr(stack, flag, had)
+    monkeypatch.setattr(stack, "has_post_expert_norm", True)
+    with pytest.raises(UnsupportedError, match="norm behind them") as error:
+        expert_middle(stack, 0, torch.zeros(1, 64))
     assert error.value.hint

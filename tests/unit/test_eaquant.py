@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from compressor.calibration.averages import MovingRange
+from compressor.calibration.routing_rule import SOFTMAX, RoutingRule
 from compressor.decision import Quantized
 from compressor.errors import RecipeError
 from compressor.formats.activations import INPUT_FORMATS
@@ -228,24 +229,53 @@ def test_how_many_experts_count() -> None:
     assert [counted(64, 6, share) for share in shares] == [6, 20, 35, 49, 64]
 
 
-def test_alignment_never_scores_worse_than_the_whole_range() -> None:
-    """And on tokens it has not seen it keeps more choices, on average over seeds."""
+RULES = {
+    "softmax": SOFTMAX,
+    "sigmoid": RoutingRule(sigmoid=True),
+    "groups": RoutingRule(True, torch.linspace(-0.2, 0.2, 16), groups=4, kept_groups=2),
+}
+
+
+def test_divergence_of_sigmoid_routers() -> None:
+    """Shares are sigmoids over their sum; who counts is decided with the correction and the groups."""
+    ours, theirs = torch.tensor([[2.0, 1, 0, -1]]), torch.tensor([[2.5, 1, 0, -1]])
+    s, t = (torch.sigmoid(logits[0].double()) for logits in (ours, theirs))
+    p, q = s / s.sum(), t / t.sum()
+    full = float((p * (p / q).log()).sum())
+    assert divergence(ours, theirs, 2, "full", RULES["sigmoid"]) == pytest.approx(full, abs=1e-9)
+    assert divergence(ours, theirs, 2, "truncated", RULES["sigmoid"]) == pytest.approx(
+        float((p * (p / q).log())[:2].sum()), abs=1e-9
+    )
+    last = RoutingRule(sigmoid=True, correction=torch.tensor([0.0, 0, 0, 5]))  # the last expert comes first
+    p, q = s[[0, 3]] / s[[0, 3]].sum(), t[[0, 3]] / t[[0, 3]].sum()
+    assert divergence(ours, theirs, 2, "renorm", last) == pytest.approx(float((p * (p / q).log()).sum()), abs=1e-9)
+    # Two groups of two; the second has the larger sum of corrected scores, so the best expert cannot be chosen.
+    groups = RoutingRule(True, torch.tensor([0.0, 0, 2, 2]), groups=2, kept_groups=1)
+    p, q = s[2:] / s[2:].sum(), t[2:] / t[2:].sum()
+    assert divergence(ours, theirs, 2, "renorm", groups) == pytest.approx(float((p * (p / q).log()).sum()), abs=1e-9)
+    assert agreement(ours, theirs, 2, groups) == 1
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_alignment_never_scores_worse_than_the_whole_range(rule: RoutingRule) -> None:
+    """And with a softmax it keeps more choices on tokens it has not seen, on average over seeds."""
     better = []
     for seed in range(10):
         weight = torch.randn(16, 64, generator=generator(seed)) ** 3
         x = torch.randn(300, 64, generator=generator(100 + seed))
+        x = x if rule is SOFTMAX else x / (x @ weight.T).std()  # sigmoids of loud logits are all one
         seen, held_out = x[:150], x[150:]
-        ratio = align(weight, seen, 3, 4, 0.35, "renorm", 0.0)
+        ratio = align(weight, seen, 3, 4, 0.35, "renorm", rule)
 
         def score(r: float, weight: Tensor = weight, seen: Tensor = seen) -> float:
-            return divergence(seen @ weight.T, seen @ round_rows(weight, 3, r).T, 4, "renorm")
+            return divergence(seen @ weight.T, seen @ round_rows(weight, 3, r).T, 4, "renorm", rule)
 
         assert 0.35 <= ratio <= 1
         assert score(ratio) <= score(1.0)
         logits = held_out @ weight.T
-        kept = [agreement(logits, held_out @ round_rows(weight, 3, r).T, 4) for r in (ratio, 1.0)]
+        kept = [agreement(logits, held_out @ round_rows(weight, 3, r).T, 4, rule) for r in (ratio, 1.0)]
         better.append(kept[0] - kept[1])
-    assert sum(better) > 0
+    assert rule is not SOFTMAX or sum(better) > 0
 
 
 def test_rows_of_a_router_by_their_weights() -> None:

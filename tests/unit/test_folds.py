@@ -280,9 +280,12 @@ def test_norms_of_torch() -> None:
 
 
 def test_a_gate_is_known_by_what_it_does() -> None:
-    class Stack:
-        def __init__(self, gate: Callable[[Tensor], Tensor]) -> None:
-            self._apply_gate = gate
+    class Stack(nn.Module):
+        has_gate, has_bias, is_transposed, has_post_expert_norm = True, False, False, False
+
+        def __init__(self, gate: Callable[[Tensor], Tensor], concatenated: bool = True, has_bias: bool = False) -> None:
+            super().__init__()
+            self._apply_gate, self.is_concatenated, self.has_bias = gate, concatenated, has_bias
 
     def halves(x: Tensor) -> tuple[Tensor, Tensor]:
         return x[..., :8], x[..., 8:]
@@ -291,7 +294,23 @@ def test_a_gate_is_known_by_what_it_does() -> None:
     assert not gate_is_linear(Stack(lambda x: nn.functional.silu(halves(x)[0]) * (halves(x)[1] + 1)))
     assert not gate_is_linear(Stack(lambda x: halves(x)[0] * halves(x)[1].clamp(max=1)))
     assert not gate_is_linear(Stack(lambda x: x.reshape(3, 7)))
-    assert not gate_is_linear(object())
+    assert not gate_is_linear(nn.Identity())
+
+
+def test_a_gate_whose_halves_alternate_and_one_behind_biases() -> None:
+    class Stack(nn.Module):
+        has_gate, is_transposed, has_post_expert_norm = True, True, False
+
+        def __init__(self, is_concatenated: bool, has_bias: bool) -> None:
+            super().__init__()
+            self.is_concatenated, self.has_bias = is_concatenated, has_bias
+
+        def _apply_gate(self, x: Tensor) -> Tensor:
+            return nn.functional.silu(x[..., ::2]) * x[..., 1::2]
+
+    assert gate_is_linear(Stack(is_concatenated=False, has_bias=False))
+    assert not gate_is_linear(Stack(is_concatenated=True, has_bias=False))  # it would mix gate and up
+    assert not gate_is_linear(Stack(is_concatenated=False, has_bias=True))
 
 
 def producer(offset: float = 0.0, powers_of_two: bool = False, **dense: Tensor) -> Producer:

@@ -15,11 +15,12 @@ LAYERS = [
     {"formats", "ranks", "yaml_text"},
     {"inputs"},
     {"recipe", "decision", "plan", "report"},
+    {"stacks"},
     {"kernels", "calibration", "checkpoint"},
     {"methods", "runtime"},
     {
         *("evals", "verify", "runners", "plugin", "environment", "unit", "output", "folding", "input_plan", "weights"),
-        *("allocation", "readers", "pruning", "saving"),
+        *("allocation", "priorities", "readers", "pruning", "saving"),
     },
     {"planner", "engine", "estimate", "measure", "inspection", "vision", "bits"},
     {"api", "check", "structured"},
@@ -83,7 +84,7 @@ def test_imports_point_down(inside: str, path: Path) -> None:
                 assert inside.startswith(places), f"{inside} imports {library}"
     if me == "methods" and inside != "methods/__init__.py":
         allowed = {"errors", "formats", "inputs", "decision", "plan", "recipe", "report", "methods"}
-        seen = ("stats", "channels", "samples", "averages", "precision", "operands")
+        seen = ("stats", "channels", "samples", "averages", "precision", "operands", "routing_rule")
         shown = tuple(f"compressor.calibration.{name}" for name in seen)
         for name in imports(path):
             other = part_of(name)

@@ -5,12 +5,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers.integrations.moe import use_experts_implementation
+from transformers.integrations.moe import batched_mm_experts_forward, use_experts_implementation
 
+from compressor.checkpoint.skeleton import Target
+from compressor.engine.experts import Stack, run_experts
 from compressor.errors import UnsupportedError
 from compressor.formats import get_format
 from compressor.formats.base import QuantFormat
 from compressor.runtime import PackedExperts, PackedLinear
+from compressor.stacks import StackLayout, places
 
 
 def make_format(name: str, dtype: torch.dtype = torch.float32) -> QuantFormat:
@@ -86,13 +89,62 @@ def test_packed_experts_equal_explicit_arithmetic(gated: bool) -> None:
     assert "2.down_proj.weight_packed" in module.state_dict()
 
 
+def test_expert_layouts_that_are_not_computed_are_refused() -> None:
+    with pytest.raises(UnsupportedError, match=r"Fake: .*norm behind them"):
+        packed_experts(fake(has_post_expert_norm=True), True)
+
+
 @pytest.mark.parametrize(
     "flags",
-    [{"is_transposed": True}, {"has_bias": True}, {"has_post_expert_norm": True}, {"is_concatenated": False}],
+    [
+        {"is_transposed": True},
+        {"is_concatenated": False},
+        {"has_bias": True},
+        {"has_bias": True, "has_gate": False},
+        {"is_transposed": True, "is_concatenated": False, "has_bias": True},
+    ],
+    ids=str,
 )
-def test_expert_layouts_that_are_not_computed_are_refused(flags: dict[str, bool]) -> None:
-    with pytest.raises(UnsupportedError, match=f"Fake: .*{next(iter(flags))}"):
-        packed_experts(fake(**flags), True)
+def test_every_other_layout_gives_what_its_own_module_computes(flags: dict[str, bool]) -> None:
+    """Packed experts, and those run beside rounded inputs, against the loop of transformers over the same stacks."""
+    layout = StackLayout(
+        flags.get("is_transposed", False),
+        not flags.get("is_concatenated", True),
+        flags.get("has_bias", False),
+        flags.get("has_gate", True),
+    )
+    source: Any = fake(**flags)
+    generator = torch.Generator().manual_seed(79)
+    fmt = make_format("mxfp4")
+    shapes = {"gate_up_proj": (3, 128, 32), "up_proj": (3, 64, 32), "down_proj": (3, 32, 64)}
+    for leaf, shape in shapes.items():
+        value = torch.randn(shape, generator=generator)
+        source.register_parameter(leaf, nn.Parameter(value.mT.contiguous() if layout.transposed else value))
+        if layout.biased:
+            source.register_parameter(f"{leaf}_bias", nn.Parameter(torch.randn(shape[:2], generator=generator)))
+    if not layout.gated:
+        del source.gate_up_proj
+    if layout.interleaved:
+        source._apply_gate = lambda both: torch.tanh(both[..., ::2]) * both[..., 1::2]
+    experts: list[dict[str, PackedLinear]] = [{} for _ in range(3)]
+    stack: Stack = {}
+    for expert, role, leaf, where in places(source):
+        part = where.of(source.get_parameter(leaf).data)
+        weight = part.contiguous()
+        q = fmt.fit(weight)
+        packed = fmt.pack(fmt.encode(weight, q), q)
+        part.copy_(fmt.decode(*fmt.unpack(packed)))
+        experts[expert][f"{role}_proj"] = PackedLinear(packed, fmt)
+        stack.setdefault(expert, {})[role] = Target(f"x.{leaf}", where)
+    x = torch.randn(11, 32, generator=generator)
+    index = torch.stack([torch.randperm(3, generator=generator)[:2] for _ in range(11)])
+    share = torch.rand(11, 2, generator=generator)
+    with torch.no_grad():
+        expected = batched_mm_experts_forward(source, x, index, share)
+        assert relative(run_experts(source, stack, {}, x, index, share), expected) < 1e-5
+        module = PackedExperts(source, experts, {role: f"{role}_proj" for role in layout.roles})
+        assert relative(module(x, index, share), expected) < 1e-5
+    assert ("down_proj_bias" in module.state_dict()) == layout.biased
 
 
 def test_experts_that_do_not_describe_themselves_are_refused() -> None:

@@ -78,23 +78,27 @@ def test_every_method_has_a_page() -> None:
     assert set(on_pages) == {name for name in (*METHODS, *PRUNERS) if beside(name).is_file()}
 
 
+def folders(place: Path) -> list[str]:
+    return ["--folder", str(place), "--studies", str(place)]
+
+
 def test_a_stale_page_is_found_written_and_what_follows_is_kept(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["--check", "--folder", str(tmp_path)]) == STALE
+    assert main(["--check", *folders(tmp_path)]) == STALE
     assert not list(tmp_path.iterdir())
-    assert main(["--folder", str(tmp_path)]) == 0
-    assert main(["--check", "--folder", str(tmp_path)]) == 0
+    assert main(folders(tmp_path)) == 0
+    assert main(["--check", *folders(tmp_path)]) == 0
     rtn = tmp_path / "rtn.md"
     rtn.write_text(rtn.read_text().replace("baseline", "BASE") + "\nby hand\n")
-    assert main(["--folder", str(tmp_path)]) == 0
+    assert main(folders(tmp_path)) == 0
     assert rtn.read_text().endswith(f"\n{END}\n\nby hand\n")
     assert "BASE" not in rtn.read_text()
     rtn.write_text("# no mark")
     capsys.readouterr()
-    assert main(["--folder", str(tmp_path)]) == RecipeError("").exit_code
+    assert main(folders(tmp_path)) == RecipeError("").exit_code
     assert "no line '<!-- end -->'" in capsys.readouterr().err
-    assert main(["--folder", str(tmp_path / "none")]) == RecipeError("").exit_code
+    assert main(folders(tmp_path / "none")) == RecipeError("").exit_code
 
 
 def test_links_are_moved_with_the_page() -> None:

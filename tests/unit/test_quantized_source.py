@@ -224,7 +224,6 @@ def test_block_fp8_loads_as_a_baseline(tmp_path: Path) -> None:
     [
         ("gptq", "GPTQ"),
         ("awq", "AWQ"),
-        ("mxfp4", "3-D blocks"),
         ("bitsandbytes", "bitsandbytes"),
         ("quanto", "made from"),
     ],

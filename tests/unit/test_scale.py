@@ -110,6 +110,10 @@ def test_counted_models_are_those_of_their_names() -> None:
     assert seven.statistics == 4 * (3 * 4096**2 + 11_008**2)
     assert cost.memory(seven, 1, statistics=False) == 6 * seven.weights
     assert cost.memory(seventy, 8, statistics=True) < cost.memory(seventy, 1, statistics=True)
+    assert cost.least_memory(seventy) is None
+    least = cost.least_memory(mixture)
+    assert least is not None
+    assert 6 * mixture.outside <= least < cost.memory(mixture, 1, statistics=False) / 5
     assert cost.hidden_states(seventy, 128 * 2048) == 2 * 128 * 2048 * 8192 * 4
 
 

@@ -46,6 +46,7 @@ def main() -> None:
     names = ("nll", "baseline_nll", "kl", "agreement")
     report: dict[str, Any] = {
         "versions": {name: version(name) for name in ("torch", "transformers", "compressed-tensors")},
+        "rounds_inputs": bool(input_schemes(Path(arguments.model))),
         "fingerprint": fingerprint(Path(arguments.model)),
         "weight": [len(part) for part in cuts[0]],
         "text_sha256": hashlib.sha256(tokens.numpy().astype("<i8").tobytes()).hexdigest(),
@@ -57,12 +58,30 @@ def main() -> None:
 
 
 def load(folder: str) -> Any:
-    """Load a causal language model in float32, packed weights dequantized: NVFP4 and MXFP4 run packed in bfloat16."""
-    config = json.loads((Path(folder) / "config.json").read_text())
+    """Load a causal language model in float32.
+
+    Packed weights are dequantized: NVFP4 and MXFP4 run packed in bfloat16. Where inputs are rounded the weights stay as
+    they are stored, since a dequantized model is a plain one that rounds nothing.
+    """
     how: dict[str, Any] = {}
-    if config.get("quantization_config", {}).get("quant_method") == "compressed-tensors":
-        how["quantization_config"] = CompressedTensorsConfig(dequantize=True)
+    if quantization(Path(folder)).get("quant_method") == "compressed-tensors":
+        inputs = input_schemes(Path(folder))
+        if any(entry["type"] == "float" and entry["num_bits"] == 4 for entry in inputs):
+            raise SystemExit("stock transformers rounds inputs to 4-bit floats in bfloat16 alone")
+        how["quantization_config"] = CompressedTensorsConfig(dequantize=not inputs)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **how).eval()
+
+
+def quantization(folder: Path) -> dict[str, Any]:
+    """Return what a checkpoint's config says about quantization; empty for a dense one."""
+    found: dict[str, Any] = json.loads((folder / "config.json").read_text()).get("quantization_config") or {}
+    return found
+
+
+def input_schemes(folder: Path) -> list[dict[str, Any]]:
+    """Return how inputs are rounded, one entry for each group of layers that has them rounded."""
+    groups = quantization(folder).get("config_groups", {}).values()
+    return [group["input_activations"] for group in groups if group.get("input_activations")]
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from compressor.allocation import Choice, Group, allocate
+from compressor.bits.rules import by_rule
 from compressor.checkpoint.blocks import BlockSequence, Recording
 from compressor.checkpoint.skeleton import Skeleton
 from compressor.checkpoint.source import DTYPES, Source
@@ -26,6 +27,7 @@ from compressor.input_plan import stored_as
 from compressor.methods.base import Method
 from compressor.methods.grids import mse_clip
 from compressor.plan import OUTSIDE, Plan, WeightRef
+from compressor.priorities import Stage
 from compressor.recipe import Override, Recipe
 from compressor.report import Progress
 
@@ -44,15 +46,17 @@ class Bits:
         overrides: One for every group, for the recipe.
         formats: Group name -> its format.
         bits: Stored bits per weight of all groups, scales included.
-        cost: Sum over groups of the relative squared error each adds to what leaves its block.
-        bound: No choice of this size costs less.
+        cost: Sum over groups of the relative squared error each adds to what leaves its block; None where rules chose.
+        bound: No choice of this size costs less; None where rules chose.
+        stages: The rules; none where every choice was measured.
     """
 
     overrides: tuple[Override, ...]
     formats: Mapping[str, str]
     bits: float
-    cost: float
-    bound: float
+    cost: float | None
+    bound: float | None
+    stages: tuple[Stage, ...] = ()
 
     def sentence(self) -> str:
         """Return what the report says."""
@@ -60,8 +64,11 @@ class Bits:
         for name in self.formats.values():
             counts[name] = counts.get(name, 0) + 1
         chosen = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
+        said = f"formats chosen for {self.bits:.3f} bits per weight: {chosen} groups; "
+        if self.cost is None:
+            return f"{said}by rule ({', '.join(self.stages)}): no error was measured"
         return (
-            f"formats chosen for {self.bits:.3f} bits per weight: {chosen} groups; predicted squared error of blocks, "
+            f"{said}predicted squared error of blocks, "
             f"relative, summed: {self.cost:.4g} (no choice of this size has less than {self.bound:.4g})"
         )
 
@@ -104,8 +111,12 @@ class BitChooser:
     tokens: Tensor
     progress: Progress
 
-    def choose(self, target: float) -> Bits:
+    def choose(self, target: float, stages: Sequence[Stage] = ()) -> Bits:
         """Return the choice of at most `target` stored bits per weight, scales included.
+
+        Args:
+            target: So many bits.
+            stages: Rules that say which layers come first; none: every choice is measured.
 
         Raises:
             RecipeError: No format suits a layer, nothing is left to choose for, or the smallest formats are larger.
@@ -115,19 +126,25 @@ class BitChooser:
             raise RecipeError("--target-bits: every layer has its format already", "leave some --set or --skip out")
         self._check_reach(groups, target)
         weights = sum(ref.numel for members in groups.values() for ref in members)
-        measured = [
-            Group(name, tuple(ref.name for ref in members), tuple(costs))
-            for name, members, costs in self._measured(groups)
-        ]
-        found = allocate(measured, math.floor(target * weights / 8))
-        formats = {name: choice.format for name, choice in found.chosen.items()}
+        budget = math.floor(target * weights / 8)
+        cost = bound = None
+        if stages:
+            formats, nbytes = by_rule(self, groups, stages, budget)
+        else:
+            measured = [
+                Group(name, tuple(ref.name for ref in members), tuple(costs))
+                for name, members, costs in self._measured(groups)
+            ]
+            found = allocate(measured, budget)
+            formats = {name: choice.format for name, choice in found.chosen.items()}
+            nbytes, cost, bound = found.nbytes, found.cost, found.bound
         everything = [layer.ref.name for layer in self.plan.layers]
         overrides = [
             override
             for name, members in groups.items()
             for override in _overrides([ref.name for ref in members], formats[name], self.recipe, everything)
         ]
-        return Bits(tuple(overrides), formats, 8 * found.nbytes / weights, found.cost, found.bound)
+        return Bits(tuple(overrides), formats, 8 * nbytes / weights, cost, bound, tuple(stages))
 
     def _groups(self) -> dict[str, list[WeightRef]]:
         """Return group -> its weights, of the layers no override of the user's names."""
@@ -143,7 +160,7 @@ class BitChooser:
                 groups.setdefault(ref.fused_with if ref.role is None else ref.owner, []).append(ref)
         return groups
 
-    def _formats(self, members: Sequence[WeightRef]) -> dict[str, QuantFormat]:
+    def formats_for(self, members: Sequence[WeightRef]) -> dict[str, QuantFormat]:
         """Return the formats of the menu that suit all of a group, as overrides name them.
 
         Raises:
@@ -166,11 +183,15 @@ class BitChooser:
             )
         return out
 
+    def sizes(self, members: Sequence[WeightRef]) -> dict[str, int]:
+        """Return the bytes of a group in every format that suits it."""
+        return {name: bytes_in(fmt, members) for name, fmt in self.formats_for(members).items()}
+
     def _check_reach(self, groups: Mapping[str, list[WeightRef]], target: float) -> None:
         """Make sure that the smallest formats are small enough, before anything is measured."""
         least = weights = 0
         for members in groups.values():
-            least += min(_nbytes(fmt, members) for fmt in self._formats(members).values())
+            least += min(self.sizes(members).values())
             weights += sum(ref.numel for ref in members)
         if 8 * least > target * weights:
             raise RecipeError(
@@ -181,7 +202,7 @@ class BitChooser:
 
     def _measured(self, groups: Mapping[str, list[WeightRef]]) -> list[tuple[str, list[WeightRef], list[Choice]]]:
         """Measure block by block, one of them in memory."""
-        states, recording = self._enter()
+        states, recording = self.enter()
         out = []
         for index, block in enumerate(self.blocks.names):
             self.progress.stage(f"measuring formats: {block}")
@@ -193,15 +214,15 @@ class BitChooser:
                     if members[0].block != index:
                         continue
                     costs = []
-                    for chosen, fmt in self._formats(members).items():
+                    for chosen, fmt in self.formats_for(members).items():
                         cost = self._cost(index, members, fmt, states, leaving, recording)
-                        costs.append(Choice(chosen, _nbytes(fmt, members), cost))
+                        costs.append(Choice(chosen, bytes_in(fmt, members), cost))
                     out.append((name, members, costs))
             self.skeleton.free({layer.ref.param for layer in self.plan.in_block(index)})
             states = leaving
         return out
 
-    def _enter(self) -> tuple[list[Tensor], Recording]:
+    def enter(self) -> tuple[list[Tensor], Recording]:
         """Return the states that enter block 0, one per sample, and the other arguments of blocks."""
         outside = [layer.ref for layer in self.plan.in_block(OUTSIDE) if layer.ref.part is None]
         self.skeleton.load(self.source.read(ref.name for ref in outside))
@@ -260,7 +281,8 @@ def _size(name: str, recipe: Recipe) -> str | None:
     return None if name in FIXED_GROUP else recipe.group_size
 
 
-def _nbytes(fmt: QuantFormat, members: Sequence[WeightRef]) -> int:
+def bytes_in(fmt: QuantFormat, members: Sequence[WeightRef]) -> int:
+    """Return the bytes of some weights in a format, scales included."""
     return sum(slot.nbytes for ref in members for slot in fmt.layout(ref.matrix or (0, 0)).values())
 
 

@@ -1,0 +1,117 @@
+"""Starting the integer kernels: codes for activations, then the product; as in `launch.py` nothing waits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from compressor.kernels.gpu.int_weight import IntWeight
+from compressor.kernels.gpu.launch import COUNTERS, ceil_div, device_of, interpreted
+from compressor.kernels.gpu.layout import PAD_COLUMNS, PAD_ROWS
+from compressor.kernels.gpu.rounding import Rounding
+from compressor.kernels.gpu.tiles import Tile, split_for
+
+QUANTIZE_COLUMNS = 4096
+"""Most columns that a program of `quantize_rows` has in registers."""
+
+_LIMITED = 89
+"""The architecture with the least shared memory."""
+
+
+def int_tile(bits: int, columns: int, rows: int, group: int, m: int, sm: int) -> Tile:
+    """Return the sizes of a program; not measured, chosen among compiled ones.
+
+    Args:
+        bits: 4 or 8.
+        columns: Columns of the weight, padded.
+        rows: Its rows, padded.
+        group: Columns per scale; 0 for whole rows.
+        m: Rows of activations.
+        sm: See `tiles.architecture`.
+    """
+    block_m = next((size for size in (16, 32, 64) if m <= size), 128)
+    warps = 8 if block_m == 128 or (group and block_m == 64) else 4
+    tile = Tile(block_m, 128, 256 if bits == 4 and block_m < 64 and not group else 128, warps, 4)
+    if sm == _LIMITED or block_m == 128:
+        tile = replace(tile, stages=3)
+    if rows % tile.block_n:
+        tile = replace(tile, block_n=PAD_ROWS)
+    if columns % tile.block_k:
+        tile = replace(tile, block_k=PAD_COLUMNS)
+    if bits == 8 and group % tile.block_k:
+        tile = replace(tile, block_k=PAD_COLUMNS // 2)
+    return tile
+
+
+def quantize(x: Tensor, rounding: Rounding, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what `rounding.codes_of` returns for `x` `[m, k]`, codes padded with zeros to so many columns."""
+    from compressor.kernels.gpu.quantize import quantize_rows
+
+    m, k = x.shape
+    codes = torch.empty(m, columns, dtype=torch.int8, device=x.device)
+    scale = torch.empty(m, dtype=torch.float32, device=x.device)
+    zero = torch.empty(0 if rounding.symmetric else m, dtype=torch.int32, device=x.device)
+    if m == 0:
+        return codes, scale, zero
+    step, order, shift, factor = (tensor if tensor.numel() else scale for tensor in rounding.tensors)
+    block = min(QUANTIZE_COLUMNS, 1 << (columns - 1).bit_length())
+    quantize_rows[(m,)](
+        x, order, shift, factor, step, codes, scale, scale if rounding.symmetric else zero, k, columns, x.stride(0),
+        codes.stride(0), rounding.clip,
+        HAS_ORDER=rounding.order.numel() > 0, HAS_SHIFT=rounding.shift.numel() > 0,
+        HAS_FACTOR=rounding.factor.numel() > 0, STATIC=rounding.step.numel() > 0, SYMMETRIC=rounding.symmetric,
+        FLOATING=rounding.floating, BITS=rounding.bits, BLOCK=block, num_warps=8 if block > 1024 else 4,
+        enable_fp_fusion=False,
+    )  # fmt: skip
+    return codes, scale, zero
+
+
+def int_matmul(
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    weight: IntWeight,
+    bias: Tensor | None,
+    out: Tensor,
+    tile: Tile | None = None,
+    split: int = 0,
+) -> Tensor:
+    """Write `((codes - zero) * scale) @ weight.T + bias` to `out` `[m, n]`, whose rows are contiguous.
+
+    Args:
+        codes: From `quantize`, as the next two; `zero` is empty for symmetric grids.
+        scale: See `codes`.
+        zero: See `codes`.
+        weight: On their device.
+        bias: `[n]` or None.
+        out: Of any floating dtype.
+        tile: Sizes of a program; by `int_tile` if None.
+        split: Programs that share the work along K; 0: as many as fill the device.
+    """
+    from compressor.kernels.gpu.int_matmul import int_matmul as kernel
+
+    m, n = out.shape
+    if m == 0:
+        return out
+    columns = codes.shape[1]
+    sm, processors = device_of(codes.device)
+    tile = tile or int_tile(weight.bits, columns, weight.words.shape[0], weight.group, m, sm)
+    n_tiles, steps = ceil_div(n, tile.block_n), columns // tile.block_k
+    tiles = n_tiles * ceil_div(m, tile.block_m)
+    split = split or split_for(tiles, steps, processors)
+    partial, counters = out, out
+    if split > 1:
+        dtype = torch.float32 if weight.group else torch.int32
+        partial = torch.empty(split * tiles * tile.block_n * tile.block_m, dtype=dtype, device=codes.device)
+        counters = COUNTERS.get(tiles, codes.device)
+    kernel[(tiles, split)](
+        codes, weight.words, scale, zero if zero.numel() else scale, weight.scale, weight.sums,
+        out if bias is None else bias, out, partial, counters, m, n, n_tiles, ceil_div(steps, split), steps,
+        codes.stride(0), weight.words.stride(0), weight.scale.stride(0) if weight.group else 0, out.stride(0),
+        BITS=weight.bits, GROUP=weight.group, HAS_ZERO=zero.numel() > 0, HAS_BIAS=bias is not None, SPLIT=split,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, INTERPRET=interpreted(),
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return out

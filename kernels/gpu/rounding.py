@@ -1,0 +1,123 @@
+"""Which of a layer's input operations one kernel carries out: what it computes, in plain torch.
+
+The kernel `quantize.quantize_rows` does the end of a layer's operations in one pass: reorder channels, shift them,
+scale them, round to integers or to 8-bit floats. `codes_of` is what it must equal, and itself equals
+`compressor.inputs` bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compressor.formats.e4m3 import E4M3_MAX
+from compressor.inputs import InputOp, Permute, Quantize, Scale, Shift
+
+BITS = {"int": (4, 5, 6, 7, 8), "float": (8,), "power": ()}
+"""Bits of codes that kernels multiply, by kind of input format."""
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """Codes for activations: `codes - zero` times a scale per row.
+
+    Attributes:
+        bits: Bits of a code; integers reach from `-2**(bits-1)`.
+        symmetric: Whether zero is always code 0.
+        clip: Share of the largest magnitude that a scale made from the data covers.
+        step: float32 `[1]`: the stored scale; empty if every row makes its own.
+        order: int32 `[k]`: channels in the order in which the weight has them; empty: as they are.
+        shift: float32 `[k]`, subtracted then; empty: nothing.
+        factor: float32 `[k]`, multiplied by then; empty: nothing.
+        floating: Codes are the bytes of E4M3 floats, not integers.
+    """
+
+    bits: int
+    symmetric: bool
+    clip: float
+    step: Tensor
+    order: Tensor
+    shift: Tensor
+    factor: Tensor
+    floating: bool = False
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The four tensors, in the order of the attributes."""
+        return (self.step, self.order, self.shift, self.factor)
+
+
+def kind_of(ops: Sequence[InputOp]) -> str:
+    """Return what these operations end in, if a kernel does that: `int`, `fp8`, or the empty string."""
+    if not ops or not isinstance(ops[-1], Quantize):
+        return ""
+    fmt = ops[-1].format
+    if fmt.granularity == "group" or fmt.bits not in BITS[fmt.kind]:
+        return ""
+    return "int" if fmt.kind == "int" else "fp8"
+
+
+def fused(ops: Sequence[InputOp], device: torch.device) -> tuple[tuple[InputOp, ...], Rounding]:
+    """Return the operations that must run before, and the end that the kernel does.
+
+    Args:
+        ops: All operations of a layer; `kind_of` knows them.
+        device: Where they are.
+    """
+    assert kind_of(ops), "asked before"
+    *before, last = ops
+    assert isinstance(last, Quantize)
+    found: dict[str, Tensor] = {}
+    for kind, name in ((Scale, "factor"), (Shift, "shift"), (Permute, "order")):
+        if before and isinstance(before[-1], kind):
+            found[name] = next(iter(before.pop().tensors().values()))
+    empty = torch.empty(0, device=device)
+    return tuple(before), Rounding(
+        bits=last.format.bits,
+        symmetric=last.format.symmetric,
+        clip=last.clip,
+        step=empty if last.scale is None else last.scale.float(),
+        order=found["order"].to(torch.int32) if "order" in found else empty.to(torch.int32),
+        shift=found["shift"].float() if "shift" in found else empty,
+        factor=found["factor"].float() if "factor" in found else empty,
+        floating=last.format.kind == "float",
+    )
+
+
+def codes_of(x: Tensor, rounding: Rounding) -> tuple[Tensor, Tensor, Tensor]:
+    """Return codes int8 `[m, k]`, scales float32 `[m]` and zero points int32 `[m]` of activations `[m, k]`.
+
+    Floats are bytes, too: view them as float8_e4m3fn. A row with NaN gets the scale NaN and whatever codes.
+    """
+    if rounding.order.numel():
+        x = x.index_select(-1, rounding.order)
+    if rounding.shift.numel():
+        x = x - rounding.shift.to(x.dtype)
+    if rounding.factor.numel():
+        x = x * rounding.factor.to(x.dtype)
+    v = x.float()
+    half = 1 << (rounding.bits - 1)
+    zero = v.new_zeros(len(v), 1)
+    if rounding.step.numel():
+        scale = rounding.step.expand(len(v), 1)
+    elif rounding.symmetric:
+        top = E4M3_MAX if rounding.floating else (2**rounding.bits - 1) / 2
+        scale = _positive(v.abs().amax(-1, keepdim=True) * rounding.clip / top)
+    else:
+        low = v.amin(-1, keepdim=True).clamp(max=0) * rounding.clip
+        high = v.amax(-1, keepdim=True).clamp(min=0) * rounding.clip
+        scale = _positive((high - low) / (2**rounding.bits - 1))
+        zero = (-half - low / scale).clamp(-half, half - 1).round()
+    if rounding.floating:
+        codes = (v / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).view(torch.int8)
+    else:
+        codes = (v / scale + zero).clamp(-half, half - 1).round().nan_to_num(0.0).to(torch.int8)
+    scale = torch.where(v.isnan().any(-1, keepdim=True), torch.nan, scale)
+    return codes, scale.flatten(), zero.flatten().nan_to_num(0.0).to(torch.int32)
+
+
+def _positive(scale: Tensor) -> Tensor:
+    return torch.where(scale == 0, torch.finfo(torch.float32).eps, scale)
