@@ -15,7 +15,7 @@ import compressor
 import compressor.verify
 from compressor.api import prepare
 from compressor.calibration.stats import SecondMoment
-from compressor.engine import engine
+from compressor.engine import block
 from compressor.engine.chunks import SparseStack
 from compressor.engine.memory import MARGIN, Needs, parse_memory
 from compressor.errors import RecipeError, ResourceError
@@ -48,7 +48,7 @@ def cut(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
         )
 
     monkeypatch.setattr(Needs, "of", of)
-    monkeypatch.setattr(engine, "rss", lambda: 0)
+    monkeypatch.setattr(block, "rss", lambda: 0)
 
 
 CASES = [
