@@ -197,5 +197,5 @@ def test_the_command_line_plans_it(tmp_path: Path) -> None:
         "probability_value": "fpq8",
         "kv_cache": None,
     }
-    with pytest.raises(RecipeError, match="unknown format of inputs 'fpq5'"):
+    with pytest.raises(RecipeError, match="unknown format of operands of attention 'fpq5'"):
         CliRunner().invoke(app, [*asked, "--attention", "fpq5"], catch_exceptions=False)

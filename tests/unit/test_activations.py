@@ -25,7 +25,7 @@ from compressor.formats.int_bytes import IntBytes
 from compressor.inputs import Quantize, rebuild, stored_slots
 from compressor.runtime import PackedLinear
 
-KNOWN = {name: fmt for name, fmt in INPUT_FORMATS.items() if not fmt.searched}
+KNOWN = {name: fmt for name, fmt in INPUT_FORMATS.items() if not fmt.native}
 EVERY = pytest.mark.parametrize("fmt", KNOWN.values(), ids=KNOWN.keys())
 
 
