@@ -123,16 +123,18 @@ class PackedLinear(nn.Module):
         """Return `[..., out]` in the dtype of `x` `[..., in]`."""
         if not torch.compiler.is_compiling():
             self.prepare()
-        bias: Tensor | None = self.bias
+        carry: Tensor | None = None
         if self._steps:
             ops = self.inputs
             carry = carried(ops)
             if not isinstance(self._prepared, RoundedLinear | Fp8Linear):
                 x = apply_ops(ops, x)
-            bias = bias if carry is None else carry if bias is None else bias + carry
         if self._prepared is not None:
-            return self._prepared.linear(x, bias, self.dtype)
-        return dispatch.linear(x, self.packed, self.fmt, bias, self.dtype)
+            out = self._prepared.linear(x, self.bias, self.dtype)
+        else:
+            out = dispatch.linear(x, self.packed, self.fmt, self.bias, self.dtype)
+        # Added last, as while compressing: another last bit could tip the rounding of what the next layer reads.
+        return out if carry is None else out + carry.to(out.dtype)
 
     def extra_repr(self) -> str:
         """Describe the layer inside `print(model)`."""
