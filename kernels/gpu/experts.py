@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from compressor.errors import UnsupportedError
-from compressor.kernels.gpu.launch import Routing, ceil_div, configuration, device_of, grouped_matmul
+from compressor.kernels.gpu.launch import Routing, aligned, ceil_div, configuration, device_of, grouped_matmul
 from compressor.kernels.gpu.layout import CODES, RuntimeWeight
 from compressor.kernels.gpu.prepare import decode
 from compressor.kernels.gpu.tiles import split_for
@@ -110,9 +110,8 @@ def grouped_linear(
     out = x.new_zeros(rows, n)
     if x.device.type != "cuda":
         return reference(x, experts, routing, out)
-    fits = x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
     with torch.cuda.device(x.device):
-        return launch(x if fits else x.clone(memory_format=torch.contiguous_format), experts, routing, out)
+        return launch(aligned(x), experts, routing, out)
 
 
 @grouped_linear.register_fake

@@ -189,6 +189,12 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+def aligned(x: Tensor) -> Tensor:
+    """Return `x` `[m, k]` as kernels load it 16 bytes at a time: contiguous rows, starting at multiples of 16 bytes."""
+    fits = x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
+
+
 def ceil_div(a: int, b: int) -> int:
     """Return `a / b`, rounded up."""
     return -(-a // b)

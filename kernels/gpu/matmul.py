@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from compressor.kernels.gpu.decode import decode, load_table, scale_pairs
+from compressor.kernels.gpu.split import added, hand_in
 
 
 @triton.jit(do_not_specialize=["m", "or0", "or1", "or2"])
@@ -180,18 +181,8 @@ def packed_matmul(
     if SPLIT == 1:
         _store(acc, bias_ptr, y_ptr, y_stride, offs_m, offs_n, there, n, HAS_BIAS)
     else:
-        inside = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
-        tiles = tl.num_programs(0)
-        partial_ptrs = partial_ptr + tile.to(tl.int64) * (BLOCK_N * BLOCK_M) + inside
-        tl.store(partial_ptrs + split.to(tl.int64) * tiles * (BLOCK_N * BLOCK_M), acc)
-        tl.debug_barrier()  # every thread's part is written before one of them says so
-        arrived = tl.atomic_add(counter_ptr + tile, 1, sem="acq_rel", scope="gpu")
-        if arrived == SPLIT - 1:
-            total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-            for other in range(SPLIT):
-                part_ptrs = partial_ptrs + tl.cast(other, tl.int64) * tiles * (BLOCK_N * BLOCK_M)
-                total += tl.load(part_ptrs, cache_modifier=".cg")
-            tl.store(counter_ptr + tile, 0)
+        if hand_in(acc, partial_ptr, counter_ptr, tile, split, BLOCK_N, BLOCK_M) == SPLIT - 1:
+            total = added(acc, partial_ptr, counter_ptr, tile, SPLIT, BLOCK_N, BLOCK_M)
             _store(total, bias_ptr, y_ptr, y_stride, offs_m, offs_n, there, n, HAS_BIAS)
 
 

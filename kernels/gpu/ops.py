@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from compressor.errors import UnsupportedError
-from compressor.kernels.gpu.launch import COUNTERS, dense_matmul, dequantize, matmul
+from compressor.kernels.gpu.launch import COUNTERS, aligned, dense_matmul, dequantize, matmul
 from compressor.kernels.gpu.layout import CODES, RuntimeWeight
 from compressor.kernels.gpu.prepare import decode
 from compressor.kernels.gpu.tiles import path_for
@@ -156,9 +156,7 @@ def reserve(device: torch.device) -> None:
 def _on_cuda(x: Tensor, weight: RuntimeWeight, bias: Tensor | None, dtype: torch.dtype, path: str) -> Tensor:
     if path == "dequant" or x.dtype not in KERNEL_DTYPES:
         return dense_matmul(x, weight, bias, dtype)
-    # Loads are 16 bytes wide only along contiguous rows that start at multiples of 16 bytes.
-    fits = x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
-    return matmul(x if fits else x.clone(memory_format=torch.contiguous_format), weight, bias, path=path)
+    return matmul(aligned(x), weight, bias, path=path)
 
 
 def _check(x: Tensor, weight: RuntimeWeight, path: str) -> None:
