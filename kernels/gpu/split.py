@@ -1,3 +1,5 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+
 """Sums over inputs that several programs share: each hands in its part, the last one adds all in their order.
 
 The order is fixed, so that the result does not depend on who comes last.
