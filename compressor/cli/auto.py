@@ -8,6 +8,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from compressor.cli.flags import (
+    CalibrationText,
+    Device,
+    Force,
+    Json,
+    Model,
+    Output,
+    Quiet,
+    Seed,
+    SeqLen,
+    TrustRemoteCode,
+)
 from compressor.cli.render import STDOUT, RichProgress, print_json, size, table
 from compressor.cli.run import as_json, draw
 
@@ -19,24 +31,22 @@ SHOWN = 8
 
 
 def auto(
-    model: Annotated[str, typer.Argument(help="Embedded model, checkpoint folder, GGUF file, or Hub id[@revision].")],
+    model: Model,
     size_: Annotated[str, typer.Option("--size", help="4.5bpw: bits per compressed weight; 2GB: of all weights.")],
     reader: Annotated[str, typer.Option("--for", help="Who loads the result: vllm or transformers.")] = "vllm",
     method: Annotated[str | None, typer.Option("--method", "-m", help="Instead of the one it would choose.")] = None,
     minutes: Annotated[float, typer.Option(min=0, help="What compressing may take here, estimated.")] = 60.0,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write.", show_default=False)] = None,
-    data: Annotated[str, typer.Option(help="Calibration text: preset, .txt, .jsonl, or Hub dataset.")] = "python-docs",
+    output: Output = None,
+    data: CalibrationText = "python-docs",
     n_samples: Annotated[int, typer.Option(min=1, max=65_536, help="Windows of calibration text.")] = 32,
-    seq_len: Annotated[int, typer.Option(min=2, max=1_048_576, help="Tokens per window.")] = 512,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
-    force: Annotated[bool, typer.Option("--force", help="Overwrite an earlier result.")] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run model code that comes with the checkpoint.")
-    ] = False,
+    seq_len: SeqLen = 512,
+    seed: Seed = 0,
+    device: Device = "auto",
+    force: Force = False,
+    trust_remote_code: TrustRemoteCode = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Measure and choose, but write nothing.")] = False,
-    json_: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    json_: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Choose method, format and bits per layer for a size, say why, then do it and measure the result."""
     if quiet or json_:

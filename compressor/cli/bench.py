@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from compressor.cli.flags import Device, Dtype, Json, Quiet, TrustRemoteCode
 from compressor.cli.render import STDOUT, RichProgress, print_json, size, table
 
 if TYPE_CHECKING:
@@ -21,14 +22,14 @@ def bench(
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 512,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens generated after it.")] = 64,
     batch: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 1,
-    dtype: Annotated[str, typer.Option(help="auto (as DIR is stored), float32, bfloat16 or float16.")] = "auto",
+    dtype: Dtype = "auto",
     repeats: Annotated[int, typer.Option(min=1, help="Rounds of each model in turn; medians count.")] = 5,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    device: Device = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="Processor threads.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for compress_bench.json.")] = None,
-    trust_remote_code: Annotated[bool, typer.Option(help="Run model code that comes with the checkpoints.")] = False,
-    json_: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
+    json_: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Measure tokens per second and memory of a compressed model next to its original, on this machine."""
     from compressor.measure.speed import bench as run

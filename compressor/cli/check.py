@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
+from compressor.cli.flags import Json, TrustRemoteCode
 from compressor.cli.render import STDOUT, RichProgress, duration, print_json, table
 from compressor.errors import RecipeError, did_you_mean
 
@@ -34,8 +35,8 @@ def check(
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Do not load it in fresh processes.")] = False,
     device: Annotated[str, typer.Option(help="Where kernels would run: auto, cpu, cuda, ...")] = "auto",
-    trust_remote_code: Annotated[bool, typer.Option(help="Run model code that comes with the checkpoint.")] = False,
-    json_: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
+    json_: Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress; show only what is wrong.")] = False,
 ) -> None:
     """Check a finished checkpoint: can it be trusted, and who can load it. Ends with 7 if it cannot be trusted.

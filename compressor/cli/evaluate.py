@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from compressor.cli.flags import Device, Json, Quiet, TrustRemoteCode
 from compressor.cli.render import STDOUT, RichProgress, duration, print_json, size, table
 from compressor.errors import RecipeError
 from compressor.process import peak_rss
@@ -38,11 +39,11 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="Requests per forward pass of lm-eval tasks.")] = 8,
     cache: Annotated[bool, typer.Option("--cache/--no-cache", help="Keep and reuse the original's results.")] = True,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the JSON.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
-    trust_remote_code: Annotated[bool, typer.Option(help="Run model code that comes with the checkpoints.")] = False,
+    device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     list_: Annotated[bool, typer.Option("--list", help="List tasks and suites, and do nothing else.")] = False,
-    json_: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    json_: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Measure a model, and a compressed one against its original: perplexity, KL divergence, lm-eval tasks."""
     if list_:

@@ -11,6 +11,7 @@ import typer
 from rich.markup import escape
 from rich.text import Text
 
+from compressor.cli.flags import Json
 from compressor.cli.render import STDOUT, print_json, table
 from compressor.errors import disk_error
 from compressor.files import REPORT, replace_text
@@ -40,7 +41,7 @@ def gate(
     ] = False,
     junit: Annotated[Path | None, typer.Option(metavar="PATH", help="Write JUnit XML.")] = None,
     markdown: Annotated[Path | None, typer.Option(metavar="PATH", help="Write a Markdown summary.")] = None,
-    json_: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    json_: Json = False,
 ) -> None:
     """Judge an evaluation against a baseline's: exit 0 if it passes, 3 if it does not."""
     from compressor.evals import gate_report

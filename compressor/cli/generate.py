@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from compressor.cli.flags import Device, Dtype, Json, TrustRemoteCode
 from compressor.cli.render import STDOUT, print_json
 
 
@@ -16,10 +17,10 @@ def generate(
     baseline: Annotated[str | None, typer.Option("--baseline", "-b", help="Show the original's text too.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Upper bound of the answer.")] = 64,
     chat: Annotated[bool, typer.Option("--chat/--plain", help="Use the chat template if there is one.")] = True,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto (as DIR is stored), float32, bfloat16 or float16.")] = "auto",
-    trust_remote_code: Annotated[bool, typer.Option(help="Run model code that comes with the checkpoints.")] = False,
-    json_: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+    json_: Json = False,
 ) -> None:
     """Let a checkpoint answer a prompt, greedily, next to the original if asked."""
     from compressor.checkpoint.resolve import resolve_model

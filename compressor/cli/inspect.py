@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from compressor.cli.flags import Json, TrustRemoteCode
 from compressor.cli.render import STDERR, STDOUT, print_json, table
 
 if TYPE_CHECKING:
@@ -29,8 +30,8 @@ def inspect(
     inputs: Annotated[
         bool, typer.Option("--inputs/--no-inputs", help="Run the model for the page's charts of inputs.")
     ] = True,
-    trust_remote_code: Annotated[bool, typer.Option(help="Run model code that comes with the baseline.")] = False,
-    json_: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
+    json_: Json = False,
 ) -> None:
     """Show what every layer became, and draw the grids of up to three over their weights."""
     from compressor.checkpoint.resolve import resolve_model

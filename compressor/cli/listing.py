@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from compressor.cli.complete import LISTS
+from compressor.cli.flags import Json
 from compressor.cli.render import STDOUT, print_json, table
 from compressor.errors import did_you_mean
 
@@ -16,7 +17,7 @@ from compressor.errors import did_you_mean
 def listing(
     what: Annotated[str, typer.Argument(help="methods, pruners, formats, inputs, models or recipes.")],
     name: Annotated[str | None, typer.Argument(help="Show one in full.")] = None,
-    json_: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    json_: Json = False,
 ) -> None:
     """List what can be asked for."""
     if what not in LISTS:

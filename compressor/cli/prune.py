@@ -11,6 +11,18 @@ from typing import Annotated, Any
 
 import typer
 
+from compressor.cli.flags import (
+    AllowPickle,
+    Device,
+    DryRun,
+    Force,
+    Json,
+    MethodOptions,
+    Output,
+    Quiet,
+    Seed,
+    TrustRemoteCode,
+)
 from compressor.cli.quantize import parse_options
 from compressor.cli.render import STDERR
 from compressor.errors import RecipeError, did_you_mean
@@ -110,28 +122,22 @@ def prune(
         str | None, typer.Option("--format", "-f", help="Round what is kept, too (sparsegpt).", show_default=False)
     ] = None,
     group_size: Annotated[str | None, typer.Option(help="Inputs per scale of --format.", show_default=False)] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write.", show_default=False)] = None,
+    output: Output = None,
     data: Annotated[
         str | None, typer.Option(help="Calibration text: preset, .txt, .jsonl, Hub dataset; or images.")
     ] = None,
     n_samples: Annotated[int | None, typer.Option(min=1, max=65_536, help="Calibration samples.")] = None,
     seq_len: Annotated[int | None, typer.Option(min=2, max=1_048_576, help="Tokens per sample of text.")] = None,
     skip: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Leave tensors alone (repeatable).")] = None,
-    option: Annotated[
-        list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="Option of the method (repeatable).")
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
-    force: Annotated[bool, typer.Option("--force", help="Overwrite an earlier result.")] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run model code that comes with the checkpoint.")
-    ] = False,
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Read pickled weights, as plain tensors; runs no code in them.")
-    ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; read no weights.")] = False,
-    json_: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    option: MethodOptions = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    force: Force = False,
+    trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
+    dry_run: DryRun = False,
+    json_: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Make weights zero, or cut them out, and write the checkpoint as safetensors."""
     from compressor.pruning import PRUNERS, RUNNERS

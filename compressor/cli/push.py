@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from compressor.cli.flags import Json, Quiet
 from compressor.cli.render import STDOUT, RichProgress, print_json
 
 
@@ -19,8 +20,8 @@ def push(
         bool, typer.Option("--force", help="Upload what is not verified or did not pass the gate; replace other files.")
     ] = False,
     card: Annotated[bool, typer.Option("--card", help="Print the model card, upload nothing.")] = False,
-    json_: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    json_: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Upload a result to the Hub with a model card, in one commit."""
     if card:

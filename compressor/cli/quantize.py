@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from compressor.cli.flags import (
+    AllowPickle,
+    CalibrationText,
+    Device,
+    DryRun,
+    Force,
+    Json,
+    MethodOptions,
+    Model,
+    Output,
+    Quiet,
+    Seed,
+    SeqLen,
+    TrustRemoteCode,
+)
 from compressor.cli.render import STDERR, STDOUT, RichProgress, duration, print_json, report_table, size, table
 from compressor.errors import RecipeError, did_you_mean
 
@@ -16,20 +30,20 @@ if TYPE_CHECKING:
 
 
 def quantize(
-    model: Annotated[str, typer.Argument(help="Embedded model, checkpoint folder, GGUF file, or Hub id[@revision].")],
+    model: Model,
     method: Annotated[str, typer.Option("--method", "-m", help="See: compress list methods.")] = "fp4",
     format: Annotated[str | None, typer.Option("--format", "-f", help="See: compress list formats.")] = None,
     group_size: Annotated[str | None, typer.Option(help="Inputs per scale, 'channel' or 'tensor'.")] = None,
     inputs: Annotated[
         str | None, typer.Option("--inputs", help="Round the inputs of layers too. See: compress list inputs.")
     ] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write.", show_default=False)] = None,
-    data: Annotated[str, typer.Option(help="Calibration text: preset, .txt, .jsonl, or Hub dataset.")] = "python-docs",
+    output: Output = None,
+    data: CalibrationText = "python-docs",
     n_samples: Annotated[
         int | None,
         typer.Option(min=1, max=65_536, help="Windows of calibration text."),
     ] = None,
-    seq_len: Annotated[int, typer.Option(min=2, max=1_048_576, help="Tokens per window.")] = 512,
+    seq_len: SeqLen = 512,
     min_expert_tokens: Annotated[
         int | None,
         typer.Option(min=0, help="Tokens every expert is calibrated on; 0: as they come."),
@@ -59,24 +73,18 @@ def quantize(
     bits_by: Annotated[
         str | None, typer.Option(metavar="A,B,...", help="Rules --target-bits follows instead of measuring.")
     ] = None,
-    option: Annotated[
-        list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="Option of the method (repeatable).")
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    option: MethodOptions = None,
+    seed: Seed = 0,
+    device: Device = "auto",
     max_memory: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Keep to 6GB, say: takes experts of a block some at a time.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite an earlier result.")] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run model code that comes with the checkpoint.")
-    ] = False,
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Read pickled weights, as plain tensors; runs no code in them.")
-    ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; read no weights.")] = False,
-    json_: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    force: Force = False,
+    trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
+    dry_run: DryRun = False,
+    json_: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Compress a checkpoint and write it as safetensors."""
     if menu is not None and target_bits is None:

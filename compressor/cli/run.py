@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from compressor.cli.flags import Device, Json, Quiet
 from compressor.cli.gate import GATE_FAILED, show
 from compressor.cli.render import STDERR, STDOUT, RichProgress, duration, print_json, report_table
 
@@ -24,11 +25,11 @@ def run(
         list[str] | None,
         typer.Option("--set", metavar="STEP.KEY=VALUE", help="Changes a setting of a step (repeatable)."),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    device: Device = "auto",
     force: Annotated[bool, typer.Option("--force", help="Overwrite earlier results.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check every step, print the resolved recipe.")] = False,
-    json_: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    json_: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Go through a recipe's steps: prune, quantize, eval, gate, push. Run again, it continues where it was."""
     if quiet or json_:
