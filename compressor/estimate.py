@@ -69,7 +69,7 @@ def estimate_seconds(plan: Plan, method: Method, spec: CalibrationSpec, device: 
         elif isinstance(options, LearningOptions):
             # Forward and backward pass of every sample of every step.
             operations += 6.0 * options.steps(fmt.bits) * options.batch * spec.seq_len * rows * columns
-        elif isinstance(fmt, SearchableFormat) and fmt.group_size is None:
+        elif isinstance(options, FP4Options) and isinstance(fmt, SearchableFormat) and fmt.group_size is None:
             # One scale spans a row, so each of the hundred candidates is judged by the whole second moment.
             operations += (2 if fmt.bits == 4 else 4) * 170.0 * rows * columns * columns
         else:

@@ -249,6 +249,7 @@ class Plan:
         method: Method name.
         format: Format of the layers no override names.
         inputs: Format of the inputs of the layers that have one, or None.
+        batch_norm: What happens to running statistics behind rounded layers: `correct`, `reestimate`, or None.
         default_dtype: Dtype floating scales are stored in, in safetensors spelling.
         peak_bytes: Estimated peak of resident weights, statistics and activations while running.
         notes: Things the planner decided that a user may want to know.
@@ -269,6 +270,7 @@ class Plan:
     folds: tuple[Fold, ...] = ()
     unfolded: Mapping[str, str] = field(default_factory=dict)
     inputs: str | None = None
+    batch_norm: str | None = None
     digest: str = field(default="", compare=False)
 
     @property

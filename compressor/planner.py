@@ -93,6 +93,8 @@ def make_plan(recipe: Recipe, source: Source, skeleton: Skeleton, blocks: BlockS
     check_fused(layers)
     check_experts(layers)
     layers = mark_rewritten(layers, found.folds, rounds_routers(method))
+    if recipe.batch_norm:
+        layers = mark_statistics(layers, recipe.batch_norm)
     if recipe.kv_cache:
         check_kv_cache(skeleton.model, layers, recipe.kv_cache, DTYPES[source.dtype])
     return Plan(
@@ -113,6 +115,7 @@ def make_plan(recipe: Recipe, source: Source, skeleton: Skeleton, blocks: BlockS
         folds=found.folds,
         unfolded=found.unfolded,
         inputs=recipe.inputs,
+        batch_norm=recipe.batch_norm,
     )
 
 
@@ -311,6 +314,27 @@ def mark_rewritten(layers: list[LayerPlan], folds: tuple[Fold, ...], routers: bo
         replace(layer, rewritten_because=reasons[layer.ref.name])
         if layer.ref.name in reasons and not layer.format
         else layer
+        for layer in layers
+    ]
+
+
+def mark_statistics(layers: list[LayerPlan], how: str) -> list[LayerPlan]:
+    """Return the layers with the running statistics of batch normalization inside the blocks marked as rewritten.
+
+    Raises:
+        RecipeError: There are none.
+    """
+    leaves = ("running_mean", "running_var")
+    chosen = {
+        layer.ref.name
+        for layer in layers
+        if layer.ref.block != OUTSIDE and layer.ref.param.rpartition(".")[2] in leaves and not layer.format
+    }
+    if not chosen:
+        raise RecipeError(f"--batch-norm {how}: the blocks have no batch normalization", "leave it out")
+    reason = {"correct": "corrected for", "reestimate": "computed from calibration images behind"}[how]
+    return [
+        replace(layer, rewritten_because=f"{reason} rounded layers") if layer.ref.name in chosen else layer
         for layer in layers
     ]
 

@@ -81,7 +81,12 @@ class Recipe(BaseModel):
     overrides: tuple[Override, ...] = Field(default=(), description="exceptions by name; the last match wins")
     kv_cache: Literal["fp8"] | None = Field(default=None, description="format of the key/value cache at run time")
     attention: str | None = Field(
-        default=None, description="floats the operands of attention's products are rounded to at run time; None: none"
+        default=None, description="what the operands of attention's products are rounded to at run time; None: nothing"
+    )
+    batch_norm: Literal["correct", "reestimate"] | None = Field(
+        default=None,
+        description="running statistics of batch normalization behind rounded convolutions: moved by what changed on "
+        "calibration images, or computed from them anew; None: left",
     )
     calibration: CalibrationSpec = Field(default_factory=CalibrationSpec)
     seed: int = Field(0, ge=0, le=2**63 - 1, description="seed of everything random")

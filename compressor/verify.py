@@ -117,10 +117,16 @@ def verify(
     return result
 
 
-def confirm(out: Path, probe: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
+def confirm(out: Path, probe: Path, *, trust_remote_code: bool = False, fresh: bool = True) -> dict[str, Any]:
     """Verify what was just written; a result that cannot be trusted is made unloadable before the error goes on.
 
     The whole compressed model is in the fresh process's memory; this one gives back what it can before.
+
+    Args:
+        out: The checkpoint.
+        probe: See `verify`.
+        trust_remote_code: Run model code that comes with the checkpoint.
+        fresh: False verifies in this process: for experiments that write many small models.
 
     Returns:
         What a report says about it.
@@ -130,7 +136,7 @@ def confirm(out: Path, probe: Path, *, trust_remote_code: bool = False) -> dict[
     """
     release_memory()
     try:
-        result = verify(out, probe, trust_remote_code=trust_remote_code)
+        result = (verify if fresh else check)(out, probe, trust_remote_code=trust_remote_code)
         if not result.ok:
             differ = f"reloaded logits differ by {result.relative_error:.2e}, allowed is {result.tolerance:.0e}"
             raise VerificationError(

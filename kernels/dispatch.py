@@ -18,8 +18,9 @@ from torch import Tensor
 from compressor.errors import RecipeError, UnsupportedError
 from compressor.formats.base import PackedTensor, QuantFormat, group_setting
 from compressor.inputs import InputOp
+from compressor.kernels.cpu import integers, table
 from compressor.kernels.cpu import kernel as cpu
-from compressor.kernels.cpu import table
+from compressor.kernels.cpu.integers import IntegerLinear
 from compressor.kernels.gpu import fp8, int_kernel, rounding
 from compressor.kernels.gpu import kernel as triton
 from compressor.kernels.gpu.fp8 import Fp8Linear
@@ -82,6 +83,10 @@ class Prepared(Protocol):
         ...
 
 
+TREATS_INPUTS = (RoundedLinear, Fp8Linear, IntegerLinear)
+"""Prepared weights that want inputs as they come: what happens to them is done with the product."""
+
+
 @dataclass(frozen=True)
 class Kernel:
     """An implementation.
@@ -98,7 +103,7 @@ class Kernel:
     accepts: Callable[[Problem], str | None]
     run: Callable[[Tensor, PackedTensor, QuantFormat, Tensor | None, torch.dtype], Tensor]
     prepare: Callable[[PackedTensor, QuantFormat], Prepared] | None = None
-    prepare_rounded: Callable[[PackedTensor, QuantFormat, Sequence[InputOp]], RoundedLinear | Fp8Linear] | None = None
+    prepare_rounded: Callable[[PackedTensor, QuantFormat, Sequence[InputOp]], Prepared] | None = None
 
 
 def _accepts_all(problem: Problem) -> str | None:
@@ -108,6 +113,7 @@ def _accepts_all(problem: Problem) -> str | None:
 KERNELS: tuple[Kernel, ...] = (
     Kernel("triton-int", int_kernel.accepts, int_kernel.run, prepare_rounded=int_kernel.prepare),
     Kernel("torch-fp8", fp8.accepts, int_kernel.run, prepare_rounded=fp8.prepare),
+    Kernel("cpu-int", integers.accepts, integers.run, prepare_rounded=integers.prepare),
     Kernel(triton.TRITON, triton.accepts, triton.run, triton.prepare),
     Kernel("cpu-packed", cpu.accepts_few, cpu.run, cpu.prepare),
     Kernel("cpu-decode", cpu.accepts, cpu.run_decoded, cpu.prepare_decoded),
@@ -176,8 +182,8 @@ def prepare(
         inputs: What happens to inputs before.
 
     Returns:
-        None if that kernel reads weights as they lie on disk. A `RoundedLinear` or `Fp8Linear` wants inputs that are
-        not treated yet.
+        None if that kernel reads weights as they lie on disk. Those of `TREATS_INPUTS` want inputs that are not
+        treated yet.
     """
     device = next(iter(packed.tensors.values())).device
     kernel = pick(linear_problem(packed, fmt, 1, dtype, device, inputs))

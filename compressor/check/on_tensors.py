@@ -10,6 +10,7 @@ from compressor.check.checkpoint import DENSE, Checkpoint, Module
 from compressor.check.finding import Finding, error
 from compressor.checkpoint.operands import SLOT, SUFFIX
 from compressor.errors import CompressorError, UnsupportedError
+from compressor.formats.activations import ATTENTION_FORMATS
 from compressor.plan import Kind
 from compressor.runtime.layout import unexplained
 
@@ -83,8 +84,9 @@ def names(checkpoint: Checkpoint) -> Iterator[Finding]:
     assert not isinstance(model, CompressorError)
     covered, unexpected, wrong = set(), set(), []
     cache = bool(checkpoint.section and checkpoint.section.get("kv_cache_scheme"))
-    rounded = checkpoint.section.get("attention") if checkpoint.section else None
-    operands = {f"{module}.{SUFFIX}" for module in (rounded or {}).get("modules", ())}
+    rounded = (checkpoint.section.get("attention") if checkpoint.section else None) or {}
+    stores = rounded.get("format") in ATTENTION_FORMATS and ATTENTION_FORMATS[rounded["format"]].searched
+    operands = {f"{module}.{SUFFIX}" for module in rounded.get("modules", ())} if stores else set()
     for name in sorted(operands):
         have = checkpoint.tensors[name].shape if name in checkpoint.tensors else None
         if have != SLOT.shape:

@@ -4,8 +4,9 @@ Models look their attention function up by a name in the config. Under ours, mod
 `softmax(q k^T) v` step by step and hand every operand to it; other modules go on with torch's fused attention. Masks
 are always given as numbers to add, so that nothing depends on what a fused kernel would infer.
 
-A rounded module stores one tensor, `attention_operands`, float32 `[4, 2]`: for query, key, probability and value the
-scale and the mantissa bits of LLM-FP4's floats (arXiv 2310.16836, which rounds these operands in encoders).
+A module that rounds to LLM-FP4's floats stores one tensor, `attention_operands`, float32 `[4, 2]`: for query, key,
+probability and value the scale and the mantissa bits (arXiv 2310.16836, which rounds these operands in encoders). One
+that rounds to integers per token stores nothing.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask
 
 from compressor.errors import CheckpointError, UnsupportedError
+from compressor.formats.activations import InputFormat
 from compressor.formats.base import Slot
 from compressor.formats.small_floats import SPLITS
-from compressor.inputs import OPERANDS, RoundFloat
+from compressor.inputs import OPERANDS, RoundFloat, apply_ops, integer_operands
 
 NAME = "compressor_operands"
 SUFFIX = "attention_operands"
@@ -131,28 +133,32 @@ def rebuilt(module: str, values: Tensor, bits: int) -> dict[str, RoundFloat]:
     return ops
 
 
-def simulate(module: nn.Module, name: str, bits: int) -> None:
-    """Make an attention module, which must have the buffer `attention_operands`, round its operands.
+def simulate(module: nn.Module, name: str, fmt: InputFormat) -> None:
+    """Make an attention module round its operands; for searched formats it must have the buffer `attention_operands`.
 
     Args:
         module: The module.
         name: What errors call it.
-        bits: Bits of the floats.
+        fmt: What they are rounded to.
     """
+    if not fmt.searched:
+        ops = integer_operands(fmt)
+        treat(module, lambda operand, x: apply_ops(ops[operand], x))
+        return
     ready: dict[str, RoundFloat] = {}
     made_of: list[Tensor] = []
 
     def rounding(operand: str, x: Tensor) -> Tensor:
         values = module.get_buffer(SUFFIX)
         if not made_of or made_of[0] is not values:
-            ready.update(rebuilt(name, values, bits))
+            ready.update(rebuilt(name, values, fmt.bits))
             made_of[:] = [values]
         return ready[operand].apply(x)
 
     treat(module, rounding)
 
 
-def prepare_empty(model: PreTrainedModel, names: Sequence[str], bits: int) -> None:
+def prepare_empty(model: PreTrainedModel, names: Sequence[str], fmt: InputFormat) -> None:
     """Give attention modules room for what they store, on meta, and let them round with it once it is there.
 
     Raises:
@@ -164,5 +170,6 @@ def prepare_empty(model: PreTrainedModel, names: Sequence[str], bits: int) -> No
         if name not in known:
             raise CheckpointError(f"{name}: has rounded operands, but the model has no such module", "wrong config?")
         module = model.get_submodule(name)
-        module.register_buffer(SUFFIX, torch.empty(SLOT.shape, dtype=SLOT.dtype, device="meta"))
-        simulate(module, name, bits)
+        if fmt.searched:
+            module.register_buffer(SUFFIX, torch.empty(SLOT.shape, dtype=SLOT.dtype, device="meta"))
+        simulate(module, name, fmt)

@@ -17,7 +17,21 @@ import click
 import typer
 
 from compressor import __version__
-from compressor.cli import auto, bench, check, evaluate, gate, generate, inspect, listing, prune, push, quantize, run
+from compressor.cli import (
+    auto,
+    bench,
+    check,
+    evaluate,
+    export,
+    gate,
+    generate,
+    inspect,
+    listing,
+    prune,
+    push,
+    quantize,
+    run,
+)
 from compressor.cli.help import dressed, epilog
 from compressor.cli.render import STDERR, STDOUT, print_error
 from compressor.errors import CompressorError, RecipeError
@@ -43,6 +57,7 @@ VERBS: dict[str, dict[str, Callable[..., None]]] = {
         "check": check.check,
         "inspect": inspect.inspect,
         "list": listing.listing,
+        "export": export.export,
         "push": push.push,
     },
 }

@@ -47,6 +47,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "compress run recipe.yaml --set 'gate.rules=[\"kl <= 0.05\"]' --dry-run",
     ),
     "auto": (f"compress auto {MODEL} --size 4.25bpw --for transformers",),
+    "export": ("compress export path/to/resnet --onnx resnet.onnx --image-size 224",),
     "push": (
         f"compress push {OUT} owner/name --private",
         f"compress push {OUT} owner/name --card",
@@ -65,6 +66,7 @@ PAGES = {
     "bench": "bench",
     "run": "recipes",
     "auto": "recipes",
+    "export": "vision",
     "push": "ship",
 }
 """Verb -> the page of `docs` about it."""
@@ -97,6 +99,7 @@ METAVARS = {
     "group_size": "GROUP",
     "inputs": "FORMAT",
     "limit": "N",
+    "image_size": "N",
     "macs": "SHARE",
     "max_new_tokens": "N",
     "max_tokens": "N",
@@ -129,11 +132,13 @@ DEFAULTS: dict[str, dict[str, str]] = {
     "": {
         "attention": "none",
         "baseline": "none",
+        "batch_norm": "left as it is",
         "bits_by": "measured",
         "data": "python-docs",
         "device": "auto",
         "effort": "balanced",
         "group_size": "64 for integers",
+        "image_size": "the checkpoint's",
         "inputs": "not rounded",
         "junit": "none",
         "kv_cache": "none",

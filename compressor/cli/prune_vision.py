@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from compressor.cli.prune import PruneFlags
     from compressor.vision.planning import CutJob
 
-STAGES = ("before", "pruned", "finetuned")
+STAGES = ("before", "sparse", "pruned", "finetuned")
 
 
 def run(flags: PruneFlags) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -61,7 +61,11 @@ def quantize(
     ] = None,
     attention: Annotated[
         str | None,
-        typer.Option(metavar="fpq4|fpq6|fpq8", help="Round queries, keys, probabilities and values too (native)."),
+        typer.Option(metavar="FORMAT", help="Round queries, keys and values too (native): fpq8, int8-token, ..."),
+    ] = None,
+    batch_norm: Annotated[
+        str | None,
+        typer.Option(metavar="correct|reestimate", help="New running statistics behind rounded convolutions (images)."),
     ] = None,
     effort: Annotated[
         str | None, typer.Option(help="fast, balanced or best: steps and samples of methods that learn.")
@@ -98,6 +102,8 @@ def quantize(
     formats = parse_overrides(set_ or [])
     if kv_cache not in (None, "fp8"):
         raise did_you_mean("key/value cache format", str(kv_cache), ["fp8"])
+    if batch_norm not in (None, "correct", "reestimate"):
+        raise did_you_mean("--batch-norm", str(batch_norm), ["correct", "reestimate"])
     if quiet or json_:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from compressor.api import execute, make_overrides, prepare, prepare_bits
@@ -117,6 +123,7 @@ def quantize(
         overrides=make_overrides(formats, skip or ()),
         kv_cache="fp8" if kv_cache else None,
         attention=attention,
+        batch_norm=cast(Any, batch_norm),
         calibration=CalibrationSpec(
             data=data,
             seq_len=seq_len,

@@ -13,8 +13,8 @@ from compressor.checkpoint import operands
 from compressor.checkpoint.skeleton import Skeleton
 from compressor.engine.parts import Parts
 from compressor.errors import UnsupportedError
-from compressor.formats.activations import get_input_format
-from compressor.methods.operands import OperandMethod, covering
+from compressor.formats.activations import InputFormat
+from compressor.methods.operands import OperandMethod, covering, require_finite
 
 
 def quantize_cache(skeleton: Skeleton, name: str, scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -26,8 +26,10 @@ def quantize_cache(skeleton: Skeleton, name: str, scales: Mapping[str, Tensor]) 
     return {f"{name}.{suffix}": scale.cpu() for suffix, scale in scales.items()}
 
 
-def round_operands(parts: Parts, index: int, format_name: str, before: Mapping[str, Boundary]) -> dict[str, Tensor]:
+def round_operands(parts: Parts, index: int, fmt: InputFormat, before: Mapping[str, Boundary]) -> dict[str, Tensor]:
     """Let the block's attention modules round their operands from now on; returns what they store.
+
+    Calibration samples pass once before: for what searches look at, and to see that operands can be seen at all.
 
     Raises:
         UnsupportedError: A module computes attention in a way of its own.
@@ -37,16 +39,18 @@ def round_operands(parts: Parts, index: int, format_name: str, before: Mapping[s
     for name, module in modules.items():
         operands.treat(module, watches[name])
     parts.streams.watch(index, before)
-    bits, out = get_input_format(format_name).bits, {}
+    out = {}
     for name, module in modules.items():
         if not watches[name].kept:
             raise UnsupportedError(
                 f"{name} ({type(module).__name__}): its operands cannot be seen", "leave --attention out"
             )
-        ops = covering(watches[name], bits, name)
-        if isinstance(parts.method, OperandMethod):
-            ops = parts.method.solve_operands(watches[name], bits)
-        out[f"{name}.{operands.SUFFIX}"] = values = operands.stored(ops)
-        module.register_buffer(operands.SUFFIX, values.to(parts.device), persistent=False)
-        operands.simulate(module, name, bits)
+        require_finite(watches[name], name)
+        if fmt.searched:
+            ops = covering(watches[name], fmt.bits)
+            if isinstance(parts.method, OperandMethod):
+                ops = parts.method.solve_operands(watches[name], fmt.bits)
+            out[f"{name}.{operands.SUFFIX}"] = values = operands.stored(ops)
+            module.register_buffer(operands.SUFFIX, values.to(parts.device), persistent=False)
+        operands.simulate(module, name, fmt)
     return out

@@ -17,6 +17,7 @@ from compressor.checkpoint.blocks import Recording
 from compressor.checkpoint.read_ahead import ReadAhead
 from compressor.checkpoint.source import DTYPES
 from compressor.decision import Outcome
+from compressor.engine import batch_norm
 from compressor.engine.attention import quantize_cache, round_operands
 from compressor.engine.chunks import ExpertChunks, refuse_chunks, solve_in_chunks
 from compressor.engine.collecting import count_experts, prepare_capture, rounds_routers
@@ -29,6 +30,7 @@ from compressor.engine.streams import COMPRESSED, FP
 from compressor.engine.views import block_of
 from compressor.errors import NumericalError, ResourceError
 from compressor.folding import Folding, folded_rows
+from compressor.formats.activations import get_attention_format
 from compressor.methods.base import Layer, RouterMethod, Scope, Stream
 from compressor.methods.scaling import FoldingMethod
 from compressor.plan import LayerPlan, Operand
@@ -47,7 +49,8 @@ class BlockRunner:
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
         self._read_ahead = ReadAhead(parts.source)
-        self._attention = parts.plan.operand_format(Operand.QUERY_KEY)
+        attention = parts.plan.operand_format(Operand.QUERY_KEY)
+        self._attention = None if attention is None else get_attention_format(attention)
 
     def run(self, index: int, before: Unit, recording: Recording) -> Unit:
         """Compress one block and write it; `recording` holds its arguments for the probe."""
@@ -77,6 +80,8 @@ class BlockRunner:
         # Fixed here: whatever runs through the block from now on is no calibration data.
         for seen in ranges.values():
             seen.join(parts.ranks)
+        corrects = parts.plan.batch_norm == "correct"
+        original = batch_norm.original_moments(parts, index, before.streams) if corrects else None
         scales = {name: seen.scales(name, DTYPES[parts.plan.default_dtype]) for name, seen in ranges.items()}
         folded = self._fold(index, before, recording, capture, tensors)
         rounding = InputRounding(parts.skeleton, layers, DTYPES[parts.plan.default_dtype])
@@ -92,6 +97,10 @@ class BlockRunner:
         solved.packed.update(rounding.attach(solved.inputs, reaches, solved.packed))
         if self._attention:
             solved.packed.update(round_operands(parts, index, self._attention, before.streams))
+        if parts.plan.batch_norm:
+            settled = batch_norm.settle(parts, index, before.streams, original)
+            solved.packed.update(settled)
+            rewrites |= settled
         if COMPRESSED in parts.streams.stores:
             streams[COMPRESSED] = parts.streams.advance(index, COMPRESSED, before.streams, None)
         rounding.join(parts.ranks)
@@ -147,6 +156,7 @@ class BlockRunner:
             "factors are moved in it": any(fold.block == index for fold in parts.plan.folds),
             "its routers are rounded": rounds_routers(parts.method),
             "its attention is compressed too": bool(parts.plan.cached(index) or self._attention),
+            "its batch normalization changes": parts.plan.batch_norm is not None,
         }
         return next((reason for reason, holds in reasons.items() if holds), None)
 

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from compressor.calibration import kv_cache
 from compressor.checkpoint import operands
 from compressor.checkpoint.source import DTYPES
+from compressor.formats.activations import get_attention_format
 from compressor.formats.base import QuantFormat, Slot
 from compressor.formats.pruned import PRUNED
 from compressor.inputs import stored_slots
-from compressor.plan import OUTSIDE, LayerPlan, Plan
+from compressor.plan import OUTSIDE, LayerPlan, Operand, Plan
 
 
 class Contents:
@@ -62,4 +63,7 @@ class Contents:
 
     def _operands(self, block: int) -> list[str]:
         """Return the names of what attention modules of a block store of their operands."""
+        name = self.plan.operand_format(Operand.QUERY_KEY)
+        if name is None or not get_attention_format(name).searched:
+            return []
         return [f"{module}.{operands.SUFFIX}" for module in self.plan.rounded_attention(block)]

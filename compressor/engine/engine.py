@@ -95,6 +95,9 @@ class Engine:
         carried = CARRIED[method.stream] or ((FP,) if plan.operand_format(Operand.KV_CACHE) else ())
         if (needs_ranges(plan) or plan.operand_format(Operand.QUERY_KEY)) and COMPRESSED not in carried:
             carried = (*carried, COMPRESSED)  # what the layers of the result will meet
+        if plan.batch_norm:
+            wanted_streams = (FP, COMPRESSED) if plan.batch_norm == "correct" else (COMPRESSED,)
+            carried = tuple(name for name in (FP, COMPRESSED) if name in {*carried, *wanted_streams})
         hidden = self.work / "hidden"
         widest = max((fmt.bits for fmt in self._formats.values()), default=0)
         context = precision.products(self.device, widest)

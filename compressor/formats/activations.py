@@ -119,6 +119,10 @@ _ALL = (
     *(InputFormat(f"power{bits}-tensor", bits, "power", "tensor", static=True) for bits in range(4, 9)),
 )
 INPUT_FORMATS: dict[str, InputFormat] = {fmt.name: fmt for fmt in _ALL}
+ATTENTION_FORMATS: dict[str, InputFormat] = {
+    fmt.name: fmt for fmt in _ALL if fmt.searched or (fmt.kind == "int" and fmt.granularity == "token")
+}
+"""What queries, keys and values can be rounded to; searched formats round probabilities as well."""
 
 _STATIC = "one scale per layer, from calibration"
 _DYNAMIC = "one scale per token, made at run time"
@@ -152,18 +156,17 @@ def get_input_format(name: str) -> InputFormat:
 
 
 def get_attention_format(name: str) -> InputFormat:
-    """Return the format of this name that operands of attention can be rounded to: a searched one.
+    """Return the format of this name that operands of attention can be rounded to: searched, or integers per token.
 
     Raises:
         RecipeError: There is none.
     """
-    formats = {fmt.name: fmt for fmt in INPUT_FORMATS.values() if fmt.searched}
-    if name in INPUT_FORMATS and name not in formats:
-        names = ", ".join(formats)
-        raise RecipeError(f"--attention {name}: operands of attention are rounded to {names}", "use fpq8")
-    if name not in formats:
-        raise did_you_mean("format of operands of attention", name, formats)
-    return formats[name]
+    if name in INPUT_FORMATS and name not in ATTENTION_FORMATS:
+        names = ", ".join(ATTENTION_FORMATS)
+        raise RecipeError(f"--attention {name}: operands of attention are rounded to {names}", "use int8-token")
+    if name not in ATTENTION_FORMATS:
+        raise did_you_mean("format of operands of attention", name, ATTENTION_FORMATS)
+    return ATTENTION_FORMATS[name]
 
 
 def input_format_from(arguments: Mapping[str, Any]) -> InputFormat:

@@ -14,7 +14,7 @@ import torch
 
 from compressor.errors import CheckpointError
 from compressor.formats import BUILDERS, FIXED_GROUP, GroupSize, get_format
-from compressor.formats.activations import INPUT_FORMATS
+from compressor.formats.activations import ATTENTION_FORMATS, InputFormat
 from compressor.formats.base import QuantFormat, group_setting
 
 QUANT_METHOD = "compressor"
@@ -37,7 +37,7 @@ class NativeSchemes:
         inputs: The different treatments of inputs.
         module_inputs: Module name on disk -> its treatment; others have none.
         attention: Attention modules, by name in memory, whose operands are rounded.
-        attention_bits: Bits of the floats they are rounded to; 0 without such modules.
+        attention_format: What they are rounded to; None without such modules.
     """
 
     entries: tuple[tuple[str, GroupSize, torch.dtype | None], ...]
@@ -45,7 +45,7 @@ class NativeSchemes:
     inputs: tuple[Steps, ...] = ()
     module_inputs: Mapping[str, int] = field(default_factory=dict)
     attention: tuple[str, ...] = ()
-    attention_bits: int = 0
+    attention_format: InputFormat | None = None
 
     @classmethod
     def parse(cls, config: Mapping[str, Any]) -> NativeSchemes:
@@ -111,20 +111,20 @@ def _parse_inputs(config: Mapping[str, Any], modules: Mapping[str, int]) -> tupl
     return tuple(tuple(dict(step) for step in steps) for steps in lists), dict(owners)
 
 
-def _parse_attention(config: Mapping[str, Any]) -> tuple[tuple[str, ...], int]:
-    """Return which attention modules round their operands, and to how many bits; most configs have none.
+def _parse_attention(config: Mapping[str, Any]) -> tuple[tuple[str, ...], InputFormat | None]:
+    """Return which attention modules round their operands, and to what; most configs have none.
 
     Raises:
         CheckpointError: The entry is damaged, or newer than this package.
     """
     entry = config.get("attention")
     if entry is None:
-        return (), 0
-    known = isinstance(entry, Mapping) and INPUT_FORMATS.get(str(entry.get("format")))
+        return (), None
+    known = isinstance(entry, Mapping) and ATTENTION_FORMATS.get(str(entry.get("format")))
     modules = entry.get("modules") if isinstance(entry, Mapping) else None
-    if not known or not known.searched or not isinstance(modules, list) or not all(isinstance(m, str) for m in modules):
+    if not known or not isinstance(modules, list) or not all(isinstance(m, str) for m in modules):
         raise CheckpointError(f"quantization_config: attention {entry!r} is unknown", "upgrade this package")
-    return tuple(modules), known.bits
+    return tuple(modules), known
 
 
 def native_entry(fmt: QuantFormat) -> dict[str, Any]:

@@ -8,6 +8,7 @@ any fused version must equal. Weight-only results leave the list empty.
 from compressor.inputs.base import OPERANDS, InputOp, apply_ops
 from compressor.inputs.floats import RoundFloat
 from compressor.inputs.moves import Permute, Pow2, Rotate, Scale, Shift
+from compressor.inputs.operands import integer_operands
 from compressor.inputs.powers import RoundPower
 from compressor.inputs.quantize import Quantize
 from compressor.inputs.stored import calibrated, carried, is_static, rebuild, saturated, stored_slots
@@ -26,6 +27,7 @@ __all__ = [
     "apply_ops",
     "calibrated",
     "carried",
+    "integer_operands",
     "is_static",
     "rebuild",
     "saturated",

@@ -88,7 +88,7 @@ class FP4:
 
     def solve_operands(self, watch: OperandWatch, bits: int) -> tuple[RoundFloat, ...]:
         """Search the rounding of queries, keys, probabilities and values; see `operands.py`."""
-        start = covering(watch, bits, "attention")
+        start = covering(watch, bits)
         return search_operands(watch, start, Float4(), self.options.points, min(self.options.rounds, 2))
 
     def refuse(self, ref: WeightRef, fmt: QuantFormat) -> str | None:

@@ -7,7 +7,8 @@ With b_j the bias at which channel j just fits and rho the bias of the whole inp
 `k_j = clip(round(b_j) - round(rho), 0, 2^E - 1)`, before it is rounded, and divided by it afterwards. Both are exact; a
 kernel attaches the division to the weights' columns.
 
-Every step picks from a list that contains what it had, so that the error never grows.
+Every step picks from a list that contains what it had, so that the error never grows. A step whose circumstances are
+those of its last time would pick the same, and is left out: most searches settle in the second round.
 
 Differs from the paper:
 - Candidates of biases contain the min-max one; by default they are spaced evenly, and fewer for inputs.
@@ -67,6 +68,8 @@ class JointSearch:
         self.starts = list(self.fmt.starts(self.w)) if self.fmt.group_size is None else []
         self.tables = list(self.starts)
         self.chosen = 0
+        self._weights_met: RoundFloat | None = None  # the rounding of inputs that biases of weights were searched for
+        self._inputs_met: Tensor | None = None  # the weight that biases of inputs were searched for
         self.errors.append(self._error(self.op.apply(self.x), self._weight()))
 
     @property
@@ -100,6 +103,9 @@ class JointSearch:
         With `x'` the rounded inputs and `d = w' - w` that is `d G d + 2 d l`, `G = sum x' x'^T` and
         `l = sum x' (x' - x)^T w`; where tokens are few beside inputs, their outputs are cheaper.
         """
+        if self._weights_met is not None and _same(self._weights_met, self.op):
+            return
+        self._weights_met = self.op
         x = self.op.apply(self.x)
         direct = len(x) < _FEW * x.shape[1]
         gram = None if direct else x.double().T @ x.double()
@@ -133,6 +139,9 @@ class JointSearch:
     def _input_biases(self) -> None:
         """For every split, give the inputs the bias with the least error."""
         w = self._weight()
+        if self._inputs_met is not None and torch.equal(self._inputs_met, w):
+            return
+        self._inputs_met = w
         for m in self.ops:
             candidates = list(self._candidates(m))
             errors = [self._error(op.apply(self.x), w) for op in candidates]
@@ -152,3 +161,8 @@ class JointSearch:
         for n in range(self.points):
             moved = grid.moved(rho, n * POINTS // self.points)
             yield start.with_scale(torch.exp2(-moved).float(), self.loudest if self.offsets else None)
+
+
+def _same(a: RoundFloat, b: RoundFloat) -> bool:
+    """Return whether two operations round alike."""
+    return all(torch.equal(x, y) for x, y in zip(a.tensors().values(), b.tensors().values(), strict=True))

@@ -33,12 +33,11 @@ class OperandMethod(Method, Protocol):
         ...
 
 
-def covering(watch: OperandWatch, bits: int, where: str) -> tuple[RoundFloat, ...]:
-    """Return min-max rounding in the first split.
+def require_finite(watch: OperandWatch, where: str) -> None:
+    """Make sure that there are ranges to round to.
 
     Args:
         watch: What was seen.
-        bits: Of the floats.
         where: What errors call the module.
 
     Raises:
@@ -47,6 +46,10 @@ def covering(watch: OperandWatch, bits: int, where: str) -> tuple[RoundFloat, ..
     for name in OPERANDS:
         if not torch.isfinite(watch.largest[name]):
             raise NumericalError(f"{where}: its {name} operand is not finite", "use other calibration data")
+
+
+def covering(watch: OperandWatch, bits: int) -> tuple[RoundFloat, ...]:
+    """Return min-max rounding to floats of so many bits, in the first split."""
     return tuple(RoundFloat.covering(bits, SPLITS[bits][0], watch.largest[name].reshape(1), False) for name in OPERANDS)
 
 

@@ -64,8 +64,8 @@ def load(
     _keep_float32(model, dtype)
     if isinstance(schemes, Schemes) and schemes.kv_cache:
         _quantize_caches(model, source, dtype)
-    if isinstance(schemes, NativeSchemes) and schemes.attention:
-        operands.prepare_empty(model, schemes.attention, schemes.attention_bits)
+    if isinstance(schemes, NativeSchemes) and schemes.attention_format:
+        operands.prepare_empty(model, schemes.attention, schemes.attention_format)
     layout = read_layout(model, source, schemes, dtype)
     _fill_dense(model, source, layout, device)
     for name, weight in layout.linears.items():

@@ -13,8 +13,6 @@ from compressor.formats.base import PackedTensor, QuantFormat
 from compressor.inputs import InputOp, apply_ops, carried, rebuild
 from compressor.kernels import dispatch
 from compressor.kernels.gpu.experts import block_rows, route
-from compressor.kernels.gpu.fp8 import Fp8Linear
-from compressor.kernels.gpu.int_kernel import RoundedLinear
 from compressor.kernels.gpu.kernel import TRITON, ExpertStack
 from compressor.kernels.gpu.ops import KERNEL_DTYPES
 from compressor.kernels.reference.linear import dequantize
@@ -127,7 +125,7 @@ class PackedLinear(nn.Module):
         if self._steps:
             ops = self.inputs
             carry = carried(ops)
-            if not isinstance(self._prepared, RoundedLinear | Fp8Linear):
+            if not isinstance(self._prepared, dispatch.TREATS_INPUTS):
                 x = apply_ops(ops, x)
         if self._prepared is not None:
             out = self._prepared.linear(x, self.bias, self.dtype)

@@ -31,8 +31,8 @@ def swap_native(model: PreTrainedModel, config: Mapping[str, Any]) -> None:
     """
     schemes = NativeSchemes.parse(config)
     apply_cuts(model, cuts_of({"quantization_config": config}))
-    if schemes.attention:
-        operands.prepare_empty(model, schemes.attention, schemes.attention_bits)
+    if schemes.attention_format:
+        operands.prepare_empty(model, schemes.attention, schemes.attention_format)
     # Only an expert's place in its stack depends on shapes, and only on whether gate comes before up.
     targets = Skeleton(model, META).targets({f"{module}.weight": (1, 1) for module in schemes.modules})
     dtype = model.dtype

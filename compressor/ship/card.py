@@ -138,6 +138,8 @@ def command_of(recipe: Mapping[str, Any]) -> str:
         words += ["--kv-cache", recipe["kv_cache"]]
     if recipe.get("attention"):
         words += ["--attention", recipe["attention"]]
+    if recipe.get("batch_norm"):
+        words += ["--batch-norm", recipe["batch_norm"]]
     calibration = recipe.get("calibration") or {}
     words += ["--data", _name(str(recipe["data"]))] if recipe.get("data") else []
     if calibration.get("data", "python-docs") != "python-docs":

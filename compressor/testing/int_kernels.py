@@ -10,7 +10,8 @@ from torch import Tensor
 from compressor.formats import get_format
 from compressor.formats.activations import INPUT_FORMATS
 from compressor.formats.base import PackedTensor, QuantFormat
-from compressor.inputs import InputOp, Permute, Quantize, Scale, Shift
+from compressor.inputs import InputOp, Permute, Quantize, Rotate, Scale, Shift
+from compressor.kernels.gpu.rounding import Rounding, codes_of, fused
 from compressor.testing.kernels import DTYPES, KernelResult
 
 
@@ -27,6 +28,7 @@ class IntCase:
         k: Columns of both.
         dtype: Dtype of activations.
         treated: Whether inputs are reordered, shifted and scaled first.
+        rotated: Columns of the blocks that are turned after they are reordered; 0: none.
         x: `normal`, `outliers` (some columns 100 times as large), `zeros` (some rows), or `nan` (one of them).
         bias: Whether there is a bias.
         tile: `[block_m, block_n, block_k, warps, stages]`; by the rules if None.
@@ -42,6 +44,7 @@ class IntCase:
     k: int
     dtype: str = "float16"
     treated: bool = False
+    rotated: int = 0
     x: str = "normal"
     bias: bool = False
     tile: tuple[int, int, int, int, int] | None = None
@@ -58,11 +61,11 @@ def check(case: IntCase, device: str = "cpu") -> KernelResult:
     """Run one case: on a GPU, or under the interpreter if the device is a CPU.
 
     With 8-bit floats the product is PyTorch's, in bfloat16. Of integers the result is float32; its error is against an
-    exact product of the reference's codes.
+    exact product of the reference's codes. Codes of inputs that are turned need not equal the reference's: see `_near`;
+    then they are multiplied exactly.
     """
     from compressor.kernels.gpu import int_launch, int_weight
     from compressor.kernels.gpu.layout import PAD_COLUMNS
-    from compressor.kernels.gpu.rounding import codes_of, fused
     from compressor.kernels.gpu.tiles import Tile
 
     generator = torch.Generator().manual_seed(case.seed)
@@ -74,21 +77,18 @@ def check(case: IntCase, device: str = "cpu") -> KernelResult:
         return _check_floats(case, fmt.pack(codes, q), fmt, generator, device)
     weight, dense = int_weight.prepare(fmt.pack(codes, q), fmt), fmt.decode(codes, q)
     x = _activations(case, generator)
-    _, rounding = fused(_ops(case, generator), torch.device("cpu"))
+    _, rounding = fused(_ops(case, generator), torch.device("cpu"), rotations=True)
     bias = torch.randn(case.n, generator=generator).to(x.dtype) if case.bias else None
-    expected_codes, scale, zero = codes_of(x, rounding)
-    expected = (expected_codes - zero[:, None]).double() @ dense.double().T * scale[:, None]
+    reference = codes_of(x, rounding)
+    columns = -(-case.k // PAD_COLUMNS) * PAD_COLUMNS
+    weight = weight.to(device)
+    found = int_launch.quantize(x.to(device), _on(rounding, device), columns)
+    same = (_near if case.rotated else _equal)(_unpadded(found, case.k), reference, x.dtype)
+    same &= not bool(found[0][:, case.k :].any())
+    codes, scale, zero = _unpadded(found, case.k) if case.rotated else reference
+    expected = (codes - (0 if rounding.symmetric else zero[:, None])).double() @ dense.double().T * scale[:, None]
     if bias is not None:
         expected += bias.double()
-    x, weight = x.to(device), weight.to(device)
-    rounding = replace(
-        rounding, **{name: getattr(rounding, name).to(device) for name in ("step", "order", "shift", "factor")}
-    )
-    columns = -(-case.k // PAD_COLUMNS) * PAD_COLUMNS
-    found = int_launch.quantize(x, rounding, columns)
-    same = torch.equal(found[0][:, : case.k].cpu()[~scale.isnan()], expected_codes[~scale.isnan()])
-    same &= not bool(found[0][:, case.k :].any()) and torch.equal(found[1].nan_to_num(-1).cpu(), scale.nan_to_num(-1))
-    same &= rounding.symmetric or torch.equal(found[2].cpu()[~scale.isnan()], zero[~scale.isnan()])
     frame = torch.full((case.m + 2, case.n + 16), torch.nan, device=device)
     out = frame[1:-1, :-16]
     tile = None if case.tile is None else Tile(*case.tile)
@@ -113,13 +113,11 @@ def _check_floats(
     case: IntCase, packed: PackedTensor, fmt: QuantFormat, generator: torch.Generator, device: str
 ) -> KernelResult:
     from compressor.kernels.gpu import fp8, int_launch
-    from compressor.kernels.gpu.rounding import codes_of
 
     x = _activations(case, generator)
     layer = fp8.prepare(packed, fmt, _ops(case, generator))
     expected_codes, scale, _ = codes_of(x, layer.rounding)
-    there = {name: getattr(layer.rounding, name).to(device) for name in ("step", "order", "shift", "factor")}
-    found, found_scale, _ = int_launch.quantize(x.to(device), replace(layer.rounding, **there), case.k)
+    found, found_scale, _ = int_launch.quantize(x.to(device), _on(layer.rounding, device), case.k)
     weight, steps = layer.weight.to(device), layer.scale.to(device)
     out, again = (fp8.scaled_product(found, found_scale, weight, steps, None).cpu() for _ in range(2))
     fine = ~scale.isnan()
@@ -135,14 +133,50 @@ def _check_floats(
     )
 
 
+def _on(rounding: Rounding, device: str) -> Rounding:
+    step, order, shift, factor = (tensor.to(device) for tensor in rounding.tensors)
+    matrix = None if rounding.matrix is None else rounding.matrix.to(device)
+    return replace(rounding, step=step, order=order, shift=shift, factor=factor, matrix=matrix)
+
+
+def _unpadded(found: tuple[Tensor, Tensor, Tensor], k: int) -> tuple[Tensor, Tensor, Tensor]:
+    codes, scale, zero = (tensor.cpu() for tensor in found)
+    return codes[:, :k], scale, zero
+
+
+def _equal(found: tuple[Tensor, Tensor, Tensor], reference: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype) -> bool:
+    """Return whether codes, scales and zero points are the same; a row without a scale may have any codes."""
+    fine = ~reference[1].isnan()
+    same = torch.equal(found[0][fine], reference[0][fine])
+    same &= torch.equal(found[1].nan_to_num(-1), reference[1].nan_to_num(-1))
+    return same and (not found[2].numel() or torch.equal(found[2][fine], reference[2][fine]))
+
+
+def _near(found: tuple[Tensor, Tensor, Tensor], reference: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype) -> bool:
+    """Return whether one code in 200 or fewer differs, by one step, and scales by one place of the inputs' dtype.
+
+    Sums in another order differ in their last bit, which now and then pushes a number over a rounding boundary.
+    """
+    fine = ~reference[1].isnan()
+    gap = (found[0].int() - reference[0].int())[fine].abs()
+    near = torch.equal(found[1].isnan(), ~fine) and bool((gap <= 1).all()) and 200 * int(gap.sum()) <= gap.numel()
+    near &= bool(((found[1] - reference[1])[fine].abs() <= torch.finfo(dtype).eps * reference[1][fine]).all())
+    return near and (not found[2].numel() or bool(((found[2] - reference[2])[fine].abs() <= 1).all()))
+
+
 def _ops(case: IntCase, generator: torch.Generator) -> tuple[InputOp, ...]:
     fmt = INPUT_FORMATS[case.inputs]
     last = Quantize(fmt, torch.tensor([0.02]) if fmt.static else None, 1.0 if fmt.static else 0.95)
+    size = case.rotated
+    turn: tuple[InputOp, ...] = ()
+    if size:
+        matrix, _ = torch.linalg.qr(torch.randn(size, size, generator=generator))
+        turn = (Rotate(matrix.half(), half=True),)
     if not case.treated:
-        return (last,)
+        return (*turn, last)
     order = torch.randperm(case.k, generator=generator)
     shift, factor = torch.randn(case.k, generator=generator), torch.rand(case.k, generator=generator) + 0.5
-    return Permute(order), Shift(shift), Scale(factor), last
+    return Permute(order), *turn, Shift(shift), Scale(factor), last
 
 
 def _activations(case: IntCase, generator: torch.Generator) -> Tensor:

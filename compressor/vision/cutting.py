@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from compressor.vision.budget import measure_sensitivity, sensitive_for
 from compressor.vision.clusters import Graph
@@ -22,6 +24,7 @@ def cut_filters(
     device: torch.device,
     seed: int,
     share: float | None = None,
+    before_cut: Callable[[Mapping[str, Tensor]], None] = lambda keep: None,
 ) -> tuple[dict[str, list[int]], Ratios]:
     """Remove channels from the graph's model.
 
@@ -33,6 +36,7 @@ def cut_filters(
         device: Where the model is.
         seed: Of the choice of images, and of chance.
         share: Multiply-adds to keep, handed out by sensitivity; None takes `ratios`.
+        before_cut: Told which channels of every cluster stay, before the others go; may train the model.
 
     Returns:
         Layer -> which of its outputs it kept, and the ratios.
@@ -47,7 +51,9 @@ def cut_filters(
     if share is not None:
         found = measure_sensitivity(graph, scores, chosen, device, options.round_to)
         ratios = sensitive_for(graph, share, found, options.round_to)
-    kept = graph.cut(select(graph, scores, ratios, options.round_to))
+    keep = select(graph, scores, ratios, options.round_to)
+    before_cut(keep)
+    kept = graph.cut(keep)
     if options.recalibrate:
         recalibrate(graph.model, images, images.images.draw(options.recalibrate, False, seed), device)
     return kept, ratios

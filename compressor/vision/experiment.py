@@ -1,19 +1,22 @@
 """One seed of a comparison: train a small classifier, cut copies of it in several ways, fine-tune, measure.
 
 `python -m compressor.vision.experiment SPEC.json RESULT.json`. What is finished is kept beside the result, so that a
-run that was stopped continues. The tables of the repository are made with it.
+run that was stopped continues. The tables of the repository are made with it. Rounding what came out, with the
+package's own methods, is left to a caller: `compressor.vision_trial`.
 """
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
+import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -21,6 +24,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import ResNetConfig, ResNetForImageClassification
 
+from compressor import saving
+from compressor.checkpoint.sink import WORK
+from compressor.checkpoint.skeleton import quiet
+from compressor.checkpoint.source import Source
+from compressor.errors import RecipeError
 from compressor.files import replace_text
 from compressor.formats import get_format
 from compressor.vision.budget import Macs, kept_counts
@@ -34,8 +42,10 @@ from compressor.vision.pixels import Pixels, Preprocess
 from compressor.vision.recipe import build_method
 from compressor.vision.scores import evaluate
 from compressor.vision.selection import uniform
+from compressor.vision.sparse import shrink
 
 CPU = torch.device("cpu")
+ORIGINAL = "original"
 
 
 class Arm(BaseModel):
@@ -61,6 +71,32 @@ class Arm(BaseModel):
     finetune: dict[str, Any] = Field(default_factory=dict)
 
 
+class Rounding(BaseModel):
+    """One way to round the blocks of a network that is trained.
+
+    Attributes:
+        name: Unique in the experiment.
+        method: As `compress quantize --method`.
+        format: As `--format`; per channel.
+        options: Of the method.
+        n_samples: Of calibration: each is eight training images.
+        batch_norm: As `--batch-norm`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    method: str
+    format: str
+    options: dict[str, Any] = Field(default_factory=dict)
+    n_samples: int = Field(32, ge=1)
+    batch_norm: Literal["correct", "reestimate"] | None = None
+
+
+Rounder: TypeAlias = Callable[[Path, Rounding, str, int], tuple[nn.Module, int]]
+"""Checkpoint, way, labelled images, seed -> the rounded model, and the bytes of its tensors on disk."""
+
+
 class Experiment(BaseModel):
     """One seed.
 
@@ -71,6 +107,7 @@ class Experiment(BaseModel):
         finetune: Fields of `Training` for what was cut.
         arms: What is compared.
         formats: Formats, per channel, that the weights of what was fine-tuned are rounded to, to the nearest value.
+        roundings: Ways to round the original and all that was fine-tuned, with the package's methods.
         seed: Of the first weights, the order of images, the choice of ranking images, and chance.
     """
 
@@ -82,15 +119,28 @@ class Experiment(BaseModel):
     finetune: dict[str, Any]
     arms: tuple[Arm, ...]
     formats: tuple[str, ...] = ()
+    roundings: tuple[Rounding, ...] = ()
     seed: int = 0
 
 
-def run(experiment: Experiment, result: Path, told: Any = print) -> dict[str, Any]:
+def run(experiment: Experiment, result: Path, told: Any = print, rounder: Rounder | None = None) -> dict[str, Any]:
     """Run one seed, or what is left of it, and write the result.
 
+    Args:
+        experiment: What is compared.
+        result: JSON file to write; models are kept in its folder.
+        told: Hears a line about everything that is done.
+        rounder: Carries out the experiment's roundings.
+
     Returns:
-        The original's figures, and one entry per arm with figures after the cut and after fine-tuning.
+        The original's figures, one entry per arm with figures after the cut and after fine-tuning, and one per network
+        and rounding.
+
+    Raises:
+        RecipeError: There are roundings, and no one to carry them out.
     """
+    if experiment.roundings and rounder is None:
+        raise RecipeError(f"{len(experiment.roundings)} roundings", "run compressor.vision_trial instead")
     data = read_data(experiment.data, experiment.seed)
     preprocess = Preprocess(result.parent, 3)
     images, test = Pixels(data.train, preprocess), Pixels(data.test, preprocess)
@@ -100,12 +150,23 @@ def run(experiment: Experiment, result: Path, told: Any = print) -> dict[str, An
     if "original" not in done:
         done["original"] = {**_measure(model, test, example), "formats": _rounded(experiment, model, test)}
         _save(result, done)
+    networks = result.parent / "networks"
+    if experiment.roundings and not (networks / ORIGINAL / "config.json").is_file():
+        with quiet():
+            model.save_pretrained(networks / ORIGINAL)
     for arm in experiment.arms:
-        if any(entry["arm"] == described(arm) for entry in done["arms"]):
+        folder = networks / _slug(arm)
+        kept = not experiment.roundings or (folder / "config.json").is_file()
+        if kept and any(entry["arm"] == described(arm) for entry in done["arms"]):
             continue
         started = time.process_time()
-        entry = _arm(experiment, arm, model, images, test, example)
-        done["arms"].append({**entry, "cpu_seconds": time.process_time() - started})
+        entry, cut = _arm(experiment, arm, model, images, test, example)
+        rest = [entry for entry in done["arms"] if entry["arm"] != described(arm)]
+        done["arms"] = [*rest, {**entry, "cpu_seconds": time.process_time() - started}]
+        if experiment.roundings:
+            (folder / WORK).mkdir(parents=True, exist_ok=True)
+            saving.write(cut, Source.open(networks / ORIGINAL, ORIGINAL, None), folder, {})
+            shutil.rmtree(folder / WORK)
         _save(result, done)
         after = entry["finetuned"]["balanced_accuracy"]
         told(
@@ -113,11 +174,36 @@ def run(experiment: Experiment, result: Path, told: Any = print) -> dict[str, An
         )
     wanted = [described(arm) for arm in experiment.arms]
     done["arms"] = sorted((e for e in done["arms"] if e["arm"] in wanted), key=lambda e: wanted.index(e["arm"]))
+    if rounder is not None:
+        _round_all(experiment, done, result, test, told, rounder)
     _save(result, done)
     return done
 
 
-def _original(experiment: Experiment, classes: int, images: Pixels, saved: Path, told: Any) -> nn.Module:
+def _round_all(
+    experiment: Experiment, done: dict[str, Any], result: Path, test: Pixels, told: Any, rounder: Rounder
+) -> None:
+    """Round the original and all that was fine-tuned in every way that has no figures yet."""
+    networks = {ORIGINAL: ORIGINAL} | {_slug(arm): f"{arm.name}, {arm.sparsity:.0%}" for arm in experiment.arms}
+    before, after = done.get("roundings", []), []
+    for slug, name in networks.items():
+        for rounding in experiment.roundings:
+            what = {"network": name, "rounding": rounding.model_dump()}
+            entry = next((old for old in before if all(old[key] == value for key, value in what.items())), None)
+            if entry is None:
+                started = time.process_time()
+                model, size = rounder(result.parent / "networks" / slug, rounding, experiment.data, experiment.seed)
+                spent = time.process_time() - started
+                entry = {**what, **asdict(evaluate(model, test, CPU)), "bytes": size, "cpu_seconds": spent}
+                told(f"{name}, {rounding.name}: balanced accuracy {entry['balanced_accuracy']:.4f}, {spent:.0f} s")
+            after.append(entry)
+            done["roundings"] = after
+            _save(result, done)
+
+
+def _original(
+    experiment: Experiment, classes: int, images: Pixels, saved: Path, told: Any
+) -> ResNetForImageClassification:
     """Train the model that is cut, or read it back."""
     torch.manual_seed(experiment.seed)
     model = ResNetForImageClassification(ResNetConfig(**{**experiment.model, "num_labels": classes}))
@@ -132,7 +218,8 @@ def _original(experiment: Experiment, classes: int, images: Pixels, saved: Path,
 
 def _arm(
     experiment: Experiment, arm: Arm, original: nn.Module, images: Pixels, test: Pixels, example: torch.Tensor
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], Any]:
+    """Cut a copy and train it; return the figures and the model."""
     model = copy.deepcopy(original)
     ratios: Mapping[str, float] = {}
     if arm.tool is not None:
@@ -143,7 +230,7 @@ def _arm(
     settings = Training(**{**experiment.finetune, **arm.finetune}, seed=experiment.seed)
     train(model, images, settings, CPU)
     finetuned = {**_measure(model, test, example), "formats": _rounded(experiment, model, test)}
-    return {"arm": described(arm), "pruned": pruned, "finetuned": finetuned, "ratios": ratios}
+    return {"arm": described(arm), "pruned": pruned, "finetuned": finetuned, "ratios": ratios}, model
 
 
 def _cut(
@@ -157,8 +244,20 @@ def _cut(
     if method.options.budget == "sensitivity":
         macs = Macs(graph)
         share = macs.of(kept_counts(graph, ratios, 1)) / macs.dense
-    _, ratios = cut_filters(graph, method, ratios, images, CPU, experiment.seed, share)
+
+    def before_cut(keep: Mapping[str, torch.Tensor]) -> None:
+        if epochs := method.options.sparse_epochs:
+            fields = {**experiment.finetune, **arm.finetune, "epochs": epochs}
+            training = Training(**fields, seed=experiment.seed)
+            shrink(graph, keep, images, training, CPU, strength=method.options.sparse_strength)
+
+    _, ratios = cut_filters(graph, method, ratios, images, CPU, experiment.seed, share, before_cut)
     return ratios
+
+
+def _slug(arm: Arm) -> str:
+    """Return the name of the folder an arm's model is kept in."""
+    return hashlib.sha256(json.dumps(described(arm), sort_keys=True).encode()).hexdigest()[:12]
 
 
 def described(arm: Arm) -> dict[str, Any]:
@@ -198,7 +297,7 @@ def _save(path: Path, done: dict[str, Any]) -> None:
     replace_text(path, json.dumps(done))
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str], rounder: Rounder | None = None) -> int:
     """Run the experiment a file describes."""
     if len(arguments) != 2:
         sys.stderr.write("usage: python -m compressor.vision.experiment SPEC.json RESULT.json\n")
@@ -208,6 +307,7 @@ def main(arguments: list[str]) -> int:
         Experiment.model_validate_json(spec.read_text(encoding="utf-8")),
         result,
         told=lambda text: print(text, flush=True),
+        rounder=rounder,
     )
     return 0
 

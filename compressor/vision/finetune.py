@@ -82,6 +82,7 @@ def train(
     validation: Pixels | None = None,
     folder: Path | None = None,
     told: Callable[[str], None] = lambda text: None,
+    after_step: Callable[[float], None] = lambda rate: None,
 ) -> Progress:
     """Train a model in place and leave it in eval mode without gradients.
 
@@ -95,6 +96,7 @@ def train(
         validation: For early stopping.
         folder: Where the state is saved after every epoch, and continued from; None saves nothing.
         told: Hears one line per epoch.
+        after_step: Called with the learning rate of every step behind it; may change parameters.
 
     Raises:
         NumericalError: The loss is not finite.
@@ -128,6 +130,7 @@ def train(
             optimizer.zero_grad()
             accelerator.backward(value)
             optimizer.step()
+            after_step(rate)
             loss += float(value.detach()) * len(labels) / len(images)
         model.eval()
         _note(progress, loss, model, validation, best, device)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from compressor import output as output_files
 from compressor import saving
@@ -24,6 +26,7 @@ from compressor.vision.pixels import Pixels
 from compressor.vision.planning import CutJob, digest_parts, prepare
 from compressor.vision.recipe import make_recipe
 from compressor.vision.scores import evaluate
+from compressor.vision.sparse import shrink
 
 
 @dataclass
@@ -31,15 +34,18 @@ class CutReport(RunReport):
     """One run of filter pruning.
 
     Attributes:
-        measured: `before`, `pruned` and, if it was trained, `finetuned`: scores, multiply-adds for one image,
-            parameters, bytes of all tensors, and the median seconds of one image's forward pass.
+        measured: `before`, `sparse` if it was trained before the cut, `pruned` and, if it was trained, `finetuned`:
+            scores, multiply-adds for one image, parameters, bytes of all tensors, and the median seconds of one image's
+            forward pass.
         clusters: What was cut: name, members, channels before and after.
         training: History of the fine-tuning, best epoch.
+        sparse: Of the training before the cut: strength, losses, scales before and after.
     """
 
     measured: dict[str, dict[str, Any]] = field(default_factory=dict)
     clusters: list[dict[str, Any]] = field(default_factory=list)
     training: dict[str, Any] = field(default_factory=dict)
+    sparse: dict[str, Any] = field(default_factory=dict)
 
 
 def prune(
@@ -136,7 +142,14 @@ def _run(job: CutJob, name: str, progress: Progress) -> CutReport:
     report.measured["before"] = measure(job, test)
     progress.stage("ranking filters")
     share = recipe.macs if job.method.options.budget == "sensitivity" else None
-    kept, job.ratios = cut_filters(job.graph, job.method, job.ratios, train_images, job.device, recipe.seed, share)
+
+    def before_cut(keep: Mapping[str, Tensor]) -> None:
+        if job.method.options.sparse_epochs:
+            report.sparse = _shrink(job, keep, train_images, progress)
+            report.measured["sparse"] = measure(job, test)
+
+    cutting = (job.graph, job.method, job.ratios, train_images, job.device, recipe.seed, share, before_cut)
+    kept, job.ratios = cut_filters(*cutting)
     progress.stage("measuring what is left")
     report.measured["pruned"] = measure(job, test)
     if recipe.finetune:
@@ -160,14 +173,35 @@ def _run(job: CutJob, name: str, progress: Progress) -> CutReport:
     return report
 
 
-def _finetune(job: CutJob, images: Pixels, progress: Progress) -> dict[str, Any]:
+def _shrink(job: CutJob, keep: Mapping[str, Tensor], images: Pixels, progress: Progress) -> dict[str, Any]:
+    """Train before the cut; images that will pick the best epoch of fine-tuning are left out."""
+    options, folder = job.method.options, job.out / WORK / "sparse"
+    folder.mkdir(exist_ok=True)
+    done = shrink(
+        job.graph,
+        keep,
+        _held_back(job, images)[0],
+        _settings(job, options.sparse_epochs),
+        job.device,
+        strength=options.sparse_strength,
+        folder=folder,
+        told=lambda text: progress.stage(f"before the cut, {text}"),
+    )
+    return asdict(done)
+
+
+def _held_back(job: CutJob, images: Pixels) -> tuple[Pixels, Pixels | None]:
+    """Return the images that are trained on, and those that pick the best epoch."""
+    if not job.method.options.validation:
+        return images, None
+    rest, held = job.data.train.split(job.method.options.validation, job.recipe.seed)
+    return Pixels(rest, job.preprocess), Pixels(held, job.preprocess)
+
+
+def _settings(job: CutJob, epochs: int) -> Training:
     options = job.method.options
-    validation = None
-    if options.validation:
-        rest, held = job.data.train.split(options.validation, job.recipe.seed)
-        images, validation = Pixels(rest, job.preprocess), Pixels(held, job.preprocess)
-    settings = Training(
-        epochs=job.recipe.finetune,
+    return Training(
+        epochs=epochs,
         lr=options.lr,
         momentum=options.momentum,
         weight_decay=options.weight_decay,
@@ -177,10 +211,14 @@ def _finetune(job: CutJob, images: Pixels, progress: Progress) -> dict[str, Any]
         patience=options.patience,
         seed=job.recipe.seed,
     )
+
+
+def _finetune(job: CutJob, images: Pixels, progress: Progress) -> dict[str, Any]:
+    images, validation = _held_back(job, images)
     done = train(
         job.model,
         images,
-        settings,
+        _settings(job, job.recipe.finetune),
         job.device,
         validation=validation,
         folder=job.out / WORK,

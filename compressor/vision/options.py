@@ -32,6 +32,14 @@ class CutOptions(MethodOptions):
     recalibrate: int = Field(
         512, ge=0, description="training images to compute batch normalization's statistics from again; 0: leave them"
     )
+    sparse_epochs: int = Field(
+        0, ge=0, description="epochs of training before the cut that shrink what will be cut (MaskSparsity); 0: none"
+    )
+    sparse_strength: float | None = Field(
+        None,
+        gt=0,
+        description="of their penalty; unset: what brings the largest scale that goes to 0 halfway",
+    )
     validation: float = Field(
         0.1, ge=0, lt=1, description="share of the training images that picks the best epoch; 0: keep the last one"
     )

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 SCHEMA = "compressor-bench-vision/1"
 PROGRAM = "compressor.vision.experiment"
+ROUNDING_PROGRAM = "compressor.vision_trial"
 NOTHING = "-"
 
 
@@ -59,6 +60,26 @@ class Arm(_Strict):
     sparsities: tuple[float, ...] | None = None
 
 
+class Rounding(_Strict):
+    """One way to round the blocks of the original and of all that was fine-tuned.
+
+    Attributes:
+        name: Shown in the table, unique in it.
+        method: As `compress quantize --method`.
+        format: As `--format`; per channel.
+        options: Of the method.
+        n_samples: Of calibration: each is eight training images.
+        batch_norm: As `--batch-norm`.
+    """
+
+    name: str = Field(min_length=1)
+    method: str
+    format: str
+    options: dict[str, Any] = Field(default_factory=dict)
+    n_samples: int = Field(32, ge=1)
+    batch_norm: Literal["correct", "reestimate"] | None = None
+
+
 class VisionTable(_Strict):
     """A table.
 
@@ -76,6 +97,7 @@ class VisionTable(_Strict):
         formats: Formats, per channel, that the weights are rounded to after all.
         against: The way the others are compared with.
         arms: In the order in which they run.
+        roundings: Ways to round with the package's methods, a table of their own under that of the cuts.
     """
 
     kind: Literal["vision"]
@@ -91,6 +113,7 @@ class VisionTable(_Strict):
     formats: tuple[str, ...] = ()
     against: str
     arms: tuple[Arm, ...] = Field(min_length=1)
+    roundings: tuple[Rounding, ...] = ()
 
     def spec(self, seed: int, data: str) -> dict[str, Any]:
         """Return what the program is told."""
@@ -100,7 +123,8 @@ class VisionTable(_Strict):
             for share in arm.sparsities or self.sparsities
         ]
         whole = {"model": self.model, "training": self.training, "finetune": self.finetune}
-        return {"data": data, **whole, "arms": arms, "formats": list(self.formats), "seed": seed}
+        spec = {"data": data, **whole, "arms": arms, "formats": list(self.formats), "seed": seed}
+        return {**spec, "roundings": [one.model_dump() for one in self.roundings]} if self.roundings else spec
 
     def key(self, seed: int) -> str:
         """Return the name of a seed's result file, without suffix."""
@@ -108,7 +132,7 @@ class VisionTable(_Strict):
 
     def folder(self, seed: int) -> str:
         """Return the name of a seed's work folder: ways that are added or changed find what the others have made."""
-        rest = {key: value for key, value in self.spec(seed, self.sha256).items() if key != "arms"}
+        rest = {key: value for key, value in self.spec(seed, self.sha256).items() if key not in ("arms", "roundings")}
         return f"seed-{seed}-{hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:DIGEST_CHARS]}"
 
     def digest(self, seed: int) -> str:
@@ -140,6 +164,9 @@ def read_vision_table(path: Path) -> VisionTable:
     names = [arm.name for arm in table.arms]
     if len(set(names)) < len(names) or table.against not in names:
         raise RecipeError(f"{path}: arms are {', '.join(names)}; against is {table.against!r}", "names must be unique")
+    ways = [rounding.name for rounding in table.roundings]
+    if len(set(ways)) < len(ways):
+        raise RecipeError(f"{path}: roundings are {', '.join(ways)}", "names must be unique")
     return table
 
 
@@ -238,7 +265,8 @@ def progress_of(path: Path) -> tuple[str, int, int, int]:
 def _make(table: VisionTable, seed: int, data: Path, folder: Path, around: Surroundings) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     save(folder / "spec.json", json.dumps(table.spec(seed, str(data)), indent=2))
-    command = [sys.executable, "-m", PROGRAM, str(folder / "spec.json"), str(folder / "result.json")]
+    program = ROUNDING_PROGRAM if table.roundings else PROGRAM
+    command = [sys.executable, "-m", program, str(folder / "spec.json"), str(folder / "result.json")]
     record: dict[str, Any] = {
         "schema": SCHEMA,
         "seed": seed,
@@ -289,9 +317,13 @@ def _body(table: VisionTable, records: list[dict[str, Any]]) -> list[str]:
             cells = [*_costs(after), cut, *_scores(after, against), *_formats(table, after)]
             lines.append(_line([f"{arm.name}, {share:.0%}", *cells]))
     # Not the step's own cost: a seed that was stopped, or given more ways, has only the rest in it.
-    seconds = [sum(entry["cpu_seconds"] for entry in record["result"]["arms"]) for record in records]
+    seconds = [
+        sum(entry["cpu_seconds"] for key in ("arms", "roundings") for entry in record["result"].get(key, []))
+        for record in records
+    ]
     return [
         *lines,
+        *(["", *_rounding_lines(table, records)] if table.roundings else []),
         "",
         "Accuracies are balanced (mean of the classes' recalls), in percent, on the test set; ± is the standard "
         f"deviation over seeds. Differences are to `{table.against}` at the same share of filters, seed by seed, and "
@@ -302,6 +334,34 @@ def _body(table: VisionTable, records: list[dict[str, Any]]) -> list[str]:
         + ", ".join(f"{name} {number}" for name, number in sorted(records[0]["versions"].items()))
         + f". Processor time of a seed, besides training the original: {statistics.mean(seconds) / 60:.1f} minutes.",
     ]
+
+
+_ROUNDED = ("network", "rounded by", "format", "balanced accuracy", "lost", "worst class", "bytes", "processor time")
+
+
+def _rounding_lines(table: VisionTable, records: list[dict[str, Any]]) -> list[str]:
+    """Return the table of roundings; what is lost is taken seed by seed."""
+    lines = [_line(_ROUNDED), _line(["---"] * 3 + ["---:"] * (len(_ROUNDED) - 3))]
+    dense = [
+        {"original": record["result"]["original"]}
+        | {f"{e['arm']['name']}, {e['arm']['sparsity']:.0%}": e["finetuned"] for e in record["result"]["arms"]}
+        for record in records
+    ]
+    for network in dense[0]:
+        for way in table.roundings:
+            what = {"network": network, "rounding": way.model_dump()}
+            found = [
+                next(e for e in record["result"]["roundings"] if all(e[key] == value for key, value in what.items()))
+                for record in records
+            ]
+            balanced = [100 * one["balanced_accuracy"] for one in found]
+            lost = [100 * one[network]["balanced_accuracy"] - now for one, now in zip(dense, balanced, strict=True)]
+            worst = [100 * min(one["recall"].values()) for one in found]
+            size = statistics.mean(one["bytes"] for one in found) / 1e3
+            spent = statistics.mean(one["cpu_seconds"] for one in found)
+            cells = [_spread(balanced, 1), _spread(lost, 1), _spread(worst, 1), f"{size:,.0f} kB", f"{spent:.0f} s"]
+            lines.append(_line([network, way.name, way.format, *cells]))
+    return [*lines, "", "Roundings leave the stem and the classifier dense; `lost` is to the same network unrounded."]
 
 
 def _entries(records: Iterable[Mapping[str, Any]], name: str, share: float) -> list[dict[str, Any]]:

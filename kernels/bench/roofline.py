@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from compressor.kernels.gpu.layout import CODES, TABLE_WORDS, TABLES
+from compressor.kernels.gpu.layout import CODES, TABLE_WORDS, TABLES, THREE_BITS
 
 LAYERS: dict[str, tuple[int, int]] = {
     "7B qkv": (12288, 4096),
@@ -61,7 +61,7 @@ class Row:
         return self.weight_bytes(n, k) * (min(self.experts, m * PER_TOKEN) if self.experts else 1)
 
     def _code_bytes(self, n: int, k: int) -> int:
-        codes = n * k * (3 if self.grid == "int3" else 32 // CODES[self.grid]) // 8
+        codes = n * k * (3 if self.grid in THREE_BITS else 32 // CODES[self.grid]) // 8
         return codes + (n * k // self.group * self.scale_bytes if self.group else 0) + (4 * n if self._has_rows else 0)
 
     @property
@@ -79,6 +79,8 @@ FORMATS: tuple[Row, ...] = (
     Row("int2 g128", "int2", "group", 128, 2, ("int2", 128)),
     Row("int3 g128", "int3", "group", 128, 2, ("int3", 128)),
     Row("power4 g128", "table8", "group", 128, 2, ("power4", 128)),
+    Row("power3 g128", "table3bit", "group", 128, 2, ("power3", 128)),
+    Row("power2 g128", "table2bit", "group", 128, 2, ("power2", 128)),
     Row("power4 channel", "table8", "channel", 0, 0, ("power4", None)),
     Row("int4 g128, 8 experts", "int4", "group", 128, 2, ("int4", 128), experts=8),
     Row("nvfp4, 8 experts", "e2m1", "nvfp4", 16, 1, ("nvfp4", 16), experts=8),

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from compressor.errors import ResourceError
-from compressor.kernels.gpu.int_launch import QUANTIZE_COLUMNS, int_tile
+from compressor.kernels.gpu.int_launch import QUANTIZE_COLUMNS, ROTATE_COLUMNS, ROTATE_ROWS, int_tile
 from compressor.kernels.gpu.launch import ROW_CODES, UNPACK_COLUMNS, UNPACK_ROWS
 from compressor.kernels.gpu.layout import CODES, groups_per_chunk
 from compressor.kernels.gpu.samples import KINDS
@@ -177,6 +177,28 @@ def compile_quantize(arch: int, symmetric: bool, treated: bool, floating: bool =
     return _compile(quantize_rows, constexprs, lambda name: types.get(name, "i32"), arch, tile, 1.0)
 
 
+def compile_rotate(arch: int, size: int, split: int, symmetric: bool = False) -> Compiled:
+    """Compile `quantize_rotated` for bfloat16; its hot loop turns blocks, its "weights" are a thread's inputs of one.
+
+    Args:
+        arch: The architecture.
+        size: Columns of a block.
+        split: Programs that share some rows.
+        symmetric: Whether there are no zero points.
+    """
+    from compressor.kernels.gpu.rotate import quantize_rotated
+
+    types = {name: "*bf16" for name in ("x_ptr", "turned_ptr")} | {"codes_ptr": "*i8", "matrix_ptr": "*fp16"}
+    types |= {name: "*fp32" for name in ("shift_ptr", "factor_ptr", "step_ptr", "scale_ptr", "range_ptr")}
+    types |= {name: "*i32" for name in ("order_ptr", "zero_ptr", "counter_ptr")} | {"clip": "fp32"}
+    constexprs: dict[str, Any] = {"HAS_ORDER": True, "HAS_SHIFT": False, "HAS_FACTOR": False, "STATIC": False}
+    constexprs |= {"SYMMETRIC": symmetric, "FLOATING": False, "BITS": 4, "SPLIT": split, "SIZE": size}
+    constexprs |= {"BLOCK_M": ROTATE_ROWS, "BLOCK": ROTATE_COLUMNS, "INTERPRET": False}
+    tile = Tile(ROTATE_ROWS, 0, size, 4, 3)
+    per_lane = ROTATE_ROWS * size / 128
+    return _compile(quantize_rotated, constexprs, lambda name: types.get(name, "i32"), arch, tile, per_lane)
+
+
 def _compile(
     kernel: Any, constexprs: dict[str, Any], type_of: Callable[[str], str], arch: int, tile: Tile, per_lane: float
 ) -> Compiled:
@@ -242,8 +264,9 @@ def _type(name: str, case: Case) -> str:
 
 def _divisible(name: str) -> bool:
     """Whether a launch would find the argument to be a multiple of 16, for layers of common sizes."""
-    strides: tuple[str, ...] = ("x_stride_m", "words_stride", "scale_stride", "y_stride", "out_stride")
-    strides += ("words_expert", "scale_expert", "row_expert", "x_stride", "codes_stride", "group_stride", "columns")
+    strides: tuple[str, ...] = ("x_stride_m", "words_stride", "bits_stride", "scale_stride", "y_stride", "out_stride")
+    strides += ("words_expert", "bits_expert", "scale_expert", "row_expert")
+    strides += ("x_stride", "codes_stride", "group_stride", "columns")
     return name.endswith("_ptr") or name in ("n", "k", *strides)
 
 

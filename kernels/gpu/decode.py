@@ -3,10 +3,13 @@
 """Turning packed words into 16-bit floating-point weights inside a kernel, with as few instructions as it takes.
 
 A word holds pairs of weights that are neighbours along K, one in each 16-bit half, so that a mask of the word is the
-register the matrix unit reads (`layout.py` defines the bits). Integers are put under a constant exponent: with a code
-at mantissa bit `p` the half reads `2**(M - p) + code`, M mantissa bits, and one subtraction, exact in the same dtype,
-leaves the code. Small floats are moved under the exponent field of the target; what that does to their value is a power
-of two, which the multiplication by the scale takes back.
+register the matrix unit reads (`layout.py` defines the bits). In float16 integers are put under a constant exponent:
+with a code at mantissa bit `p` the half reads `2**(M - p) + code`, M mantissa bits, and one subtraction, exact in the
+same dtype, leaves the code. In bfloat16, whose mantissa is too short for that, they are left where they are: a half
+less than 256 reads as that many times the smallest subnormal number, so that one multiply-add by a power of two makes
+the code less its offset, times `2**-6` (larger powers of two than `2**127` there are not). Small floats are moved under
+the exponent field of the target; what that does to their value is a power of two, which the multiplication by the scale
+takes back.
 
 The constants OR-ed in (`or0` to `or2`) are kernel arguments, not literals: a three-input logic instruction takes one
 literal, and with two the assembler spends a second instruction on every pair.
@@ -30,13 +33,15 @@ def decode(
 ):  # fmt: skip
     """Return the weights of every word, `[rows, words, codes per word / 2, 2]` in `DTYPE`: K order when flattened.
 
-    Unscaled integers come out as code less zero code, plus `zero`. Unscaled small floats come out times `2**-15` in
+    Unscaled integers come out as code less zero code, plus `zero`; in bfloat16 those of `int2`, `int4` and `int8` times
+    `2**-6` unless `HAS_ZERO`. Unscaled small floats come out times `2**-15` in
     float16 and `2**-127` in bfloat16, those of `e2m1` as one of 0, 1, 2, 3, 4, 6, 8, 12. Table entries are as
     `layout.table_words` rounds and scales them.
 
     Args:
         words: uint32 `[rows, words]`.
-        bits: The high bits of 3-bit codes, 16 for every word, uint32 `[rows, words]`; unused for other grids.
+        bits: What 3-bit codes have beside words, 16 bits for each, uint32 `[rows, words]`; with two of four columns
+            kept, their patterns, uint32 `[rows, words / 4]`; unused for other grids.
         or0: Constants of the grid and dtype, `layout.constants`.
         or1: See `or0`.
         or2: See `or0`.
@@ -50,42 +55,53 @@ def decode(
         INTERPRET: Whether the interpreter runs this; values are float32 then.
     """
     if GRID == "int4":
-        pairs, offsets = _int4(words, or0, or1, DTYPE)
+        pairs, factors, offsets = _int4(words, or0, or1, DTYPE)
     elif GRID == "int2":
-        pairs, offsets = _int2(words, or0, or1, or2, DTYPE)
+        pairs, factors, offsets = _int2(words, or0, or1, or2, DTYPE)
     elif GRID == "int3":
-        pairs, offsets = _int3(words, bits, or0, or1, or2, DTYPE)
+        pairs, factors, offsets = _int3(words, bits, or0, or1, or2, DTYPE)
     elif GRID == "int8":
-        pairs, offsets = _int8(words, or0, or1, DTYPE)
+        pairs, factors, offsets = _int8(words, or0, DTYPE)
     elif GRID == "e2m1":
         pairs = _float4(words, or0, or1, 0, 3, 6, 9, 13, 12, 15, 14, 6 if DTYPE == tl.bfloat16 else 9)
-        offsets = pairs
+        factors, offsets = pairs, pairs
+    elif GRID == "float16-2of4" or GRID == "bfloat16-2of4":
+        pairs = _spread(words, bits, INTERPRET)
+        factors, offsets = pairs, pairs
+    elif GRID == "table2bit":
+        pairs = _looked_up2(words, table, INTERPRET)
+        factors, offsets = pairs, pairs
+    elif GRID == "table3bit":
+        pairs = _looked_up3(words, bits, table, INTERPRET)
+        factors, offsets = pairs, pairs
     elif GRID == "table8" or GRID == "table16":
         pairs = _looked_up(words, table, GRID == "table16", INTERPRET)
-        offsets = pairs
+        factors, offsets = pairs, pairs
     else:
         tl.static_assert(GRID == "e3m0", "unknown grid")
         pairs = _float4(words, or0, or1, 0, 3, 7, 12, 6, 11, 15, 10, 7 if DTYPE == tl.bfloat16 else 10)
-        offsets = pairs
+        factors, offsets = pairs, pairs
     INTEGER: tl.constexpr = GRID == "int2" or GRID == "int3" or GRID == "int4" or GRID == "int8"
     SHAPE: tl.constexpr = (words.shape[0], words.shape[1], pairs.numel // words.numel)
+    SUBNORMAL: tl.constexpr = DTYPE == tl.bfloat16 and INTEGER and GRID != "int3"
     pairs = pairs.reshape(SHAPE)
+    factors = factors.reshape(SHAPE)
     offsets = offsets.reshape(SHAPE)
     if INTERPRET:
         values = _halves(pairs, DTYPE, INTERPRET)
         if INTEGER:
-            values += _halves(offsets, DTYPE, INTERPRET)
+            values = values * _halves(factors, DTYPE, INTERPRET) + _halves(offsets, DTYPE, INTERPRET)
         if HAS_ZERO:
-            values += _halves(zero, DTYPE, INTERPRET)[:, :, None, :]
+            values = values * (64.0 if SUBNORMAL else 1.0) + _halves(zero, DTYPE, INTERPRET)[:, :, None, :]
         if SCALED:
             values *= _halves(scale, DTYPE, INTERPRET)[:, :, None, :]
         return values
     else:
-        ONE: tl.constexpr = 0x3F803F80 if DTYPE == tl.bfloat16 else 0x3C003C00
+        WHOLE: tl.constexpr = 0x42804280 if SUBNORMAL else 0x3F803F80 if DTYPE == tl.bfloat16 else 0x3C003C00  # 64 or 1
         if INTEGER:
-            pairs = _fma(pairs, tl.full((), ONE, tl.uint32), offsets, DTYPE)
+            pairs = _fma(pairs, factors, offsets, DTYPE)
         if HAS_ZERO:
-            pairs = _fma(pairs, tl.full((), ONE, tl.uint32), zero[:, :, None], DTYPE)
+            pairs = _fma(pairs, tl.full((), WHOLE, tl.uint32), zero[:, :, None], DTYPE)
         if SCALED:
             pairs = _fma(pairs, scale[:, :, None], tl.full((), 0x80008000, tl.uint32), DTYPE)
         return _halves(pairs, DTYPE, INTERPRET)
@@ -177,41 +193,49 @@ def _like(words, value: tl.constexpr):
 
 
 @triton.jit
+def _one(words, DTYPE: tl.constexpr):
+    return _like(words, 0x3F80 if DTYPE == tl.bfloat16 else 0x3C00)
+
+
+@triton.jit
 def _int4(words, or0, or1, DTYPE: tl.constexpr):
+    top = words >> 8
+    p0, p1, p2, p3 = words & 0x000F000F, words & 0x00F000F0, top & 0x000F000F, top & 0x00F000F0
     if DTYPE == tl.bfloat16:
-        p0 = (words & 0x000F000F) | or0
-        p1 = ((words >> 4) & 0x000F000F) | or0
-        p2 = ((words >> 8) & 0x000F000F) | or0
-        p3 = ((words >> 12) & 0x000F000F) | or0
-        eight = _like(words, 0xC308)  # -(128 + 8)
-        return _four(p0, p1, p2, p3), _four(eight, eight, eight, eight)
-    else:  # ten mantissa bits take a code at bit 4 as well, which saves half of the shifts
-        top = words >> 8
-        p0 = (words & 0x000F000F) | or0
-        p1 = (words & 0x00F000F0) | or1
-        p2 = (top & 0x000F000F) | or0
-        p3 = (top & 0x00F000F0) | or1
+        f0, f1 = _like(words, 0x7F00), _like(words, 0x7D00)  # 2**127, 2**123
+        eight = _like(words, 0xBE00)  # -8 * 2**-6
+        return _four(p0, p1, p2, p3), _four(f0, f1, f0, f1), _four(eight, eight, eight, eight)
+    else:
+        one = _one(words, DTYPE)
         even, odd = _like(words, 0xE408), _like(words, 0xD480)  # -(1024 + 8), -(64 + 8)
-        return _four(p0, p1, p2, p3), _four(even, odd, even, odd)
+        pairs = _four(p0 | or0, p1 | or1, p2 | or0, p3 | or1)
+        return pairs, _four(one, one, one, one), _four(even, odd, even, odd)
 
 
 @triton.jit
 def _int2(words, or0, or1, or2, DTYPE: tl.constexpr):
-    middle = words >> 6
-    top = words >> 12
-    p0 = (words & 0x00030003) | or0
-    p1 = (words & 0x000C000C) | or1
-    p2 = (words & 0x00300030) | or2
-    p3 = (middle & 0x00030003) | or0
-    p4 = (middle & 0x000C000C) | or1
-    p5 = (middle & 0x00300030) | or2
-    p6 = (top & 0x00030003) | or0
-    p7 = (top & 0x000C000C) | or1
-    # -(128 + 2), -(32 + 2) and -(8 + 2); eight times the power of two in float16
-    o0 = _like(words, 0xC302 if DTYPE == tl.bfloat16 else 0xE402)
-    o1 = _like(words, 0xC208 if DTYPE == tl.bfloat16 else 0xDC08)
-    o2 = _like(words, 0xC120 if DTYPE == tl.bfloat16 else 0xD420)
-    return _eight(p0, p1, p2, p3, p4, p5, p6, p7), _eight(o0, o1, o2, o0, o1, o2, o0, o1)
+    one = _one(words, DTYPE)
+    if DTYPE == tl.bfloat16:
+        top = words >> 8
+        pairs = _eight(
+            words & 0x00030003, words & 0x000C000C, words & 0x00300030, words & 0x00C000C0,
+            top & 0x00030003, top & 0x000C000C, top & 0x00300030, top & 0x00C000C0,
+        )  # fmt: skip
+        f0, f1 = _like(words, 0x7F00), _like(words, 0x7E00)  # 2**127, 2**125
+        f2, f3 = _like(words, 0x7D00), _like(words, 0x7C00)  # 2**123, 2**121
+        two = _like(words, 0xBD00)  # -2 * 2**-6
+        return pairs, _eight(f0, f1, f2, f3, f0, f1, f2, f3), _eight(two, two, two, two, two, two, two, two)
+    else:
+        middle = words >> 6
+        top = words >> 12
+        pairs = _eight(
+            (words & 0x00030003) | or0, (words & 0x000C000C) | or1, (words & 0x00300030) | or2,
+            (middle & 0x00030003) | or0, (middle & 0x000C000C) | or1, (middle & 0x00300030) | or2,
+            (top & 0x00030003) | or0, (top & 0x000C000C) | or1,
+        )  # fmt: skip
+        # -(1024 + 2), -(256 + 2) and -(64 + 2)
+        o0, o1, o2 = _like(words, 0xE402), _like(words, 0xDC08), _like(words, 0xD420)
+        return pairs, _eight(one, one, one, one, one, one, one, one), _eight(o0, o1, o2, o0, o1, o2, o0, o1)
 
 
 @triton.jit
@@ -228,50 +252,134 @@ def _int3(words, bits, or0, or1, or2, DTYPE: tl.constexpr):
     p5 = (odd & 0x00400040) ^ ((middle & 0x00300030) | or2)
     p6 = ((high << 2) & 0x00040004) ^ ((top & 0x00030003) | or0)
     p7 = ((high << 3) & 0x00100010) ^ ((top & 0x000C000C) | or1)
+    one = _one(words, DTYPE)
     # -(128 + 4), -(32 + 4) and -(8 + 4); eight times the power of two in float16
     o0 = _like(words, 0xC304 if DTYPE == tl.bfloat16 else 0xE404)
     o1 = _like(words, 0xC210 if DTYPE == tl.bfloat16 else 0xDC10)
     o2 = _like(words, 0xC140 if DTYPE == tl.bfloat16 else 0xD440)
-    return _eight(p0, p1, p2, p3, p4, p5, p6, p7), _eight(o0, o1, o2, o0, o1, o2, o0, o1)
+    pairs, offsets = _eight(p0, p1, p2, p3, p4, p5, p6, p7), _eight(o0, o1, o2, o0, o1, o2, o0, o1)
+    return pairs, _eight(one, one, one, one, one, one, one, one), offsets
 
 
 @triton.jit
-def _int8(words, or0, or1, DTYPE: tl.constexpr):
-    high = words >> 8
+def _int8(words, or0, DTYPE: tl.constexpr):
+    even, odd = words & 0x00FF00FF, (words >> 8) & 0x00FF00FF
     if DTYPE == tl.bfloat16:
-        # Seven mantissa bits: 128 + (code % 128), less 128 if the top bit is set and 256 if it is not.
-        pairs = tl.join((words & 0x007F007F) | or0, (high & 0x007F007F) | or0)
-        return pairs, tl.join((words & 0x00800080) ^ or1, (high & 0x00800080) ^ or1)
+        factor, offset = _like(words, 0x7F00), _like(words, 0xC000)  # 2**127, -128 * 2**-6
+        return tl.join(even, odd), tl.join(factor, factor), tl.join(offset, offset)
     else:
-        offset = _like(words, 0xE480)  # -(1024 + 128)
-        return tl.join((words & 0x00FF00FF) | or0, (high & 0x00FF00FF) | or0), tl.join(offset, offset)
+        one, offset = _one(words, DTYPE), _like(words, 0xE480)  # 1, -(1024 + 128)
+        return tl.join(even | or0, odd | or0), tl.join(one, one), tl.join(offset, offset)
 
 
 @triton.jit
-def load_table(ptr, GRID: tl.constexpr, DTYPE: tl.constexpr):
+def load_table(ptr, n, GRID: tl.constexpr, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
     """Return the bytes of a table's entries, eight registers, and what sums are to be multiplied by.
 
     Args:
         ptr: int32 `[3, 16]`, see `layout.table_words`.
+        n: Any number that is not negative.
         GRID: See `decode`; anything but a table is not read.
         DTYPE: See `decode`.
+        INTERPRET: See `decode`.
     """
-    if GRID == "table8" or GRID == "table16":
+    if GRID == "table2bit" or GRID == "table3bit" or GRID == "table8" or GRID == "table16":
         ptr += 32 if DTYPE == tl.bfloat16 else 16
-        a0, a1, a2, a3 = _word(ptr), _word(ptr + 1), _word(ptr + 2), _word(ptr + 3)
+        a0, a1, a2, a3 = _words(ptr, n, INTERPRET)
         factor = tl.load(ptr + 8).to(tl.float32, bitcast=True)
-        if GRID == "table8":
-            return (a0, a1, a2, a3, a0, a1, a2, a3), factor
+        if GRID == "table16":
+            a4, a5, a6, a7 = _words(ptr + 4, n, INTERPRET)
+            return (a0, a1, a2, a3, a4, a5, a6, a7), factor
         else:
-            return (a0, a1, a2, a3, _word(ptr + 4), _word(ptr + 5), _word(ptr + 6), _word(ptr + 7)), factor
+            return (a0, a1, a2, a3, a0, a1, a2, a3), factor
     else:
         none = tl.full((), 0, tl.uint32)
         return (none, none, none, none, none, none, none, none), tl.full((), 1.0, tl.float32)
 
 
 @triton.jit
-def _word(ptr):
-    return tl.load(ptr).to(tl.uint32, bitcast=True)
+def _words(ptr, n, INTERPRET: tl.constexpr):
+    return (
+        _word(ptr, n, INTERPRET),
+        _word(ptr + 1, n, INTERPRET),
+        _word(ptr + 2, n, INTERPRET),
+        _word(ptr + 3, n, INTERPRET),
+    )
+
+
+@triton.jit
+def _word(ptr, n, INTERPRET: tl.constexpr):
+    word = tl.load(ptr).to(tl.uint32, bitcast=True)
+    if INTERPRET:
+        return word
+    else:
+        # The assembler keeps what all threads share in registers of its own kind, which a byte permutation does not
+        # read: it would move a word for every use. So every thread adds a zero that it makes from its number.
+        own: tl.constexpr = "{ .reg .s32 t; mov.u32 t, %tid.x; add.s32 t, t, $2; shr.s32 t, t, 31; or.b32 $0, t, $1; }"
+        return tl.inline_asm_elementwise(own, "=r,r,r", [word, n], tl.uint32, True, 1)
+
+
+@triton.jit
+def _spread(words, bits, INTERPRET: tl.constexpr):
+    """Put the two halves of every word where its pattern says among four, the others being zero.
+
+    A pattern is looked up as four bytes, one for each column: the two nibbles that choose the bytes of the first half,
+    of the second, or of a zero. Two columns' bytes are the selector that makes their pair.
+    """
+    even, odd = words.reshape(words.shape[0], words.shape[1] // 4, 2, 2).split()
+    w0, w2 = even.split()
+    w1, w3 = odd.split()
+    c0 = permute(_bits(0x44101010), _bits(0x44444444), bits, INTERPRET)  # of the four words
+    c1 = permute(_bits(0x10444432), _bits(0x44444410), bits, INTERPRET)
+    c2 = permute(_bits(0x32443244), _bits(0x44441044), bits, INTERPRET)
+    c3 = permute(_bits(0x44324444), _bits(0x44443232), bits, INTERPRET)
+    left01, left23 = permute(c0, c1, _bits(0x5140), INTERPRET), permute(c0, c1, _bits(0x7362), INTERPRET)
+    right01, right23 = permute(c2, c3, _bits(0x5140), INTERPRET), permute(c2, c3, _bits(0x7362), INTERPRET)
+    zero = _bits(0)
+    return _eight(
+        permute(w0, zero, left01, INTERPRET), permute(w0, zero, right01, INTERPRET),
+        permute(w1, zero, left01 >> 16, INTERPRET), permute(w1, zero, right01 >> 16, INTERPRET),
+        permute(w2, zero, left23, INTERPRET), permute(w2, zero, right23, INTERPRET),
+        permute(w3, zero, left23 >> 16, INTERPRET), permute(w3, zero, right23 >> 16, INTERPRET),
+    )  # fmt: skip
+
+
+@triton.jit
+def _bits(value: tl.constexpr):
+    return tl.full((), value, tl.uint32)
+
+
+@triton.jit
+def _looked_up2(words, table, INTERPRET: tl.constexpr):
+    """Look all codes of every word up in a table of four entries: indices are halves of nibbles."""
+    first = words & 0x33333333
+    second = (words >> 2) & 0x33333333
+    p0, p1 = _found_four(first, table, INTERPRET)
+    p2, p3 = _found_four(first >> 16, table, INTERPRET)
+    p4, p5 = _found_four(second, table, INTERPRET)
+    p6, p7 = _found_four(second >> 16, table, INTERPRET)
+    return _eight(p0, p1, p2, p3, p4, p5, p6, p7)
+
+
+@triton.jit
+def _looked_up3(words, bits, table, INTERPRET: tl.constexpr):
+    """Look all codes of every word up in a table of eight: the top bits of twelve nibbles are four indices more."""
+    index = words & 0x77777777
+    p0, p1 = _found_four(index, table, INTERPRET)
+    p2, p3 = _found_four(index >> 16, table, INTERPRET)
+    p4, p5 = _found_four(bits & 0x7777, table, INTERPRET)
+    rest = ((words >> 3) & 0x1111) | ((words >> 18) & 0x2222) | ((bits >> 1) & 0x4444)
+    p6, p7 = _found_four(rest, table, INTERPRET)
+    return _eight(p0, p1, p2, p3, p4, p5, p6, p7)
+
+
+@triton.jit
+def _found_four(index, table, INTERPRET: tl.constexpr):
+    """Return two pairs of entries; indices, less than eight, are the low four nibbles."""
+    low = permute(table[0], table[1], index, INTERPRET)
+    high = permute(table[2], table[3], index, INTERPRET)
+    first_pair = permute(low, high, tl.full((), 0x5140, tl.uint32), INTERPRET)
+    return first_pair, permute(low, high, tl.full((), 0x7362, tl.uint32), INTERPRET)
 
 
 @triton.jit
@@ -314,19 +422,41 @@ def permute(a, b, selector, INTERPRET: tl.constexpr):
 
 
 @triton.jit
-def table_codes(words):
-    """Return the table indices of every word, uint32 `[rows, words, 4, 2]`: K order when flattened."""
-    codes = _eight(
-        _table_code(words, 0), _table_code(words, 1), _table_code(words, 2), _table_code(words, 3),
-        _table_code(words, 4), _table_code(words, 5), _table_code(words, 6), _table_code(words, 7),
-    )  # fmt: skip
-    return codes.reshape(words.shape[0], words.shape[1], 4, 2)
+def table_codes(words, bits, GRID: tl.constexpr):
+    """Return the table indices of every word, uint32 `[rows, words, codes per word / 2, 2]`: K order when flattened."""
+    first = _eight_codes(words, bits, 0, GRID)
+    if GRID == "table8" or GRID == "table16":
+        return first.reshape(words.shape[0], words.shape[1], 4, 2)
+    else:
+        second = _eight_codes(words, bits, 8, GRID)
+        both = tl.join(first, second).permute(0, 1, 5, 2, 3, 4)
+        return both.reshape(words.shape[0], words.shape[1], 8, 2)
 
 
 @triton.jit
-def _table_code(words, j: tl.constexpr):
-    TOP: tl.constexpr = 8 * (j % 4) + (7 if j < 4 else 3)
-    return ((words >> (4 * j)) & 7) | (((words >> TOP) & 1) << 3)
+def _eight_codes(words, bits, j: tl.constexpr, GRID: tl.constexpr):
+    return _eight(
+        _table_code(words, bits, j, GRID), _table_code(words, bits, j + 1, GRID),
+        _table_code(words, bits, j + 2, GRID), _table_code(words, bits, j + 3, GRID),
+        _table_code(words, bits, j + 4, GRID), _table_code(words, bits, j + 5, GRID),
+        _table_code(words, bits, j + 6, GRID), _table_code(words, bits, j + 7, GRID),
+    )  # fmt: skip
+
+
+@triton.jit
+def _table_code(words, bits, j: tl.constexpr, GRID: tl.constexpr):
+    PLACE: tl.constexpr = 4 * (j % 4)
+    if GRID == "table2bit":
+        return (words >> (4 * (j % 8) + 2 * (j // 8))) & 3
+    elif GRID != "table3bit":
+        return ((words >> (4 * j)) & 7) | (((words >> (8 * (j % 4) + (7 if j < 4 else 3))) & 1) << 3)
+    elif j < 8:
+        return (words >> (4 * j)) & 7
+    elif j < 12:
+        return (bits >> PLACE) & 7
+    else:
+        low = ((words >> (PLACE + 3)) & 1) | (((words >> (PLACE + 19)) & 1) << 1)
+        return low | (((bits >> (PLACE + 3)) & 1) << 2)
 
 
 @triton.jit

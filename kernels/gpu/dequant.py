@@ -15,8 +15,8 @@ from compressor.kernels.gpu.matmul import load_groups, per_word
 
 @triton.jit(do_not_specialize=["or0", "or1", "or2"])
 def unpack_weight(
-    words_ptr, bits_ptr, scale_ptr, zero_ptr, row_ptr, table_ptr, out_ptr, n, k, words_stride, scale_stride, out_stride,
-    or0, or1, or2,
+    words_ptr, bits_ptr, scale_ptr, zero_ptr, row_ptr, table_ptr, out_ptr, n, k, words_stride, bits_stride,
+    scale_stride, out_stride, or0, or1, or2,
     GRID: tl.constexpr, GROUP: tl.constexpr, PER: tl.constexpr, SCALE: tl.constexpr, ROW: tl.constexpr,
     HAS_ZERO: tl.constexpr, CODES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
@@ -31,12 +31,16 @@ def unpack_weight(
     words_at = offs_n[:, None].to(tl.int64) * words_stride + offs_w[None, :]
     words = tl.load(words_ptr + words_at, eviction_policy="evict_first")
     bits = words
-    if GRID == "int3":
-        bits = tl.load(bits_ptr + words_at, eviction_policy="evict_first").to(tl.uint32)
-    if GRID == "table8" or GRID == "table16":
-        values = tl.load(table_ptr + table_codes(words)).to(tl.float32, bitcast=True)
+    SPARSE: tl.constexpr = GRID == "float16-2of4" or GRID == "bfloat16-2of4"
+    if GRID == "int3" or GRID == "table3bit" or SPARSE:
+        BITS: tl.constexpr = BLOCK_K // (4 * CODES if SPARSE else CODES)
+        bits_at = offs_n[:, None].to(tl.int64) * bits_stride + (step * BITS + tl.arange(0, BITS))[None, :]
+        bits = tl.load(bits_ptr + bits_at, eviction_policy="evict_first").to(tl.uint32)
+    if GRID == "table2bit" or GRID == "table3bit" or GRID == "table8" or GRID == "table16":
+        values = tl.load(table_ptr + table_codes(words, bits, GRID)).to(tl.float32, bitcast=True)
     else:  # codes, E2M1 values and the like are exact in float16; everything after it is float32
-        values = decode(words, bits, or0, or1, or2, words, words, words, GRID, False, False, tl.float16, INTERPRET)
+        DTYPE: tl.constexpr = tl.bfloat16 if GRID == "bfloat16-2of4" else tl.float16
+        values = decode(words, bits, or0, or1, or2, words, words, words, GRID, False, False, DTYPE, INTERPRET)
         values = values.to(tl.float32)
     if GRID == "e2m1" and GROUP > 0:
         values *= 16384.0  # the format's own values, of which the smallest is one half

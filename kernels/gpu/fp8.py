@@ -59,7 +59,7 @@ class Fp8Linear:
         bias = None if bias is None else bias.to(x.dtype)
         out: Tensor = fp8_linear(
             apply_ops(self.before, x), self.weight.view(torch.uint8), self.scale, bias,
-            *self.rounding.tensors, self.rounding.clip,
+            *self.rounding.tensors, self.rounding.matrix, self.rounding.clip,
         )  # fmt: skip
         return out
 
@@ -98,7 +98,7 @@ def prepare(packed: PackedTensor, fmt: QuantFormat, inputs: Sequence[InputOp]) -
     _, q = fmt.unpack(packed)  # checks the tensors
     weight = packed.tensors["weight"]
     scale = q.scale.float().flatten().expand(len(weight)).contiguous()
-    return Fp8Linear(weight, scale, packed, fmt, *fused(inputs, weight.device))
+    return Fp8Linear(weight, scale, packed, fmt, *fused(inputs, weight.device, rotations=True))
 
 
 @torch.library.custom_op("compressor::fp8_linear", mutates_args=())
@@ -111,6 +111,7 @@ def fp8_linear(
     order: Tensor,
     shift: Tensor,
     factor: Tensor,
+    matrix: Tensor | None,
     clip: float,
 ) -> Tensor:
     """Return `round(x) @ (weight * scale).T + bias`, `[..., n]` in the dtype of `x`; see `Fp8Linear` and `Rounding`.
@@ -121,7 +122,7 @@ def fp8_linear(
     if x.shape[-1] != k:
         raise UnsupportedError(f"inputs of {x.shape[-1]} columns for a weight of {k}", "is this the layer they go to?")
     floats = weight.view(torch.float8_e4m3fn)
-    rounding = Rounding(8, True, clip, step, order, shift, factor, floating=True)
+    rounding = Rounding(8, True, clip, step, order, shift, factor, floating=True, matrix=matrix)
     flat = x.reshape(-1, k)
     if x.device.type != "cuda":
         codes, rows, _ = codes_of(flat, rounding)
@@ -144,6 +145,7 @@ def _(
     order: Tensor,
     shift: Tensor,
     factor: Tensor,
+    matrix: Tensor | None,
     clip: float,
 ) -> Tensor:
     torch._check(x.shape[-1] == weight.shape[1], lambda: f"inputs of {x.shape[-1]} columns for {weight.shape[1]}")

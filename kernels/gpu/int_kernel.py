@@ -84,5 +84,5 @@ def prepare(packed: PackedTensor, fmt: QuantFormat, inputs: Sequence[InputOp]) -
     """
     weight = int_weight.prepare(packed, fmt)
     ops.reserve(weight.words.device)
-    before, rounding = fused(inputs, weight.words.device)
+    before, rounding = fused(inputs, weight.words.device, rotations=True)
     return RoundedLinear(weight, fmt, before, rounding, packed.tensors.get("weight_codebook"))

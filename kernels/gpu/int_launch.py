@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from compressor.inputs import Rotate
 from compressor.kernels.gpu.int_weight import IntWeight
 from compressor.kernels.gpu.launch import COUNTERS, ceil_div, device_of, interpreted
 from compressor.kernels.gpu.layout import PAD_COLUMNS, PAD_ROWS
@@ -15,6 +16,9 @@ from compressor.kernels.gpu.tiles import Tile, split_for
 
 QUANTIZE_COLUMNS = 4096
 """Most columns that a program of `quantize_rows` has in registers."""
+
+ROTATE_ROWS, ROTATE_COLUMNS = 16, 256
+"""Rows of a program of `quantize_rotated`, as few as the matrix unit takes, and columns that it rounds at once."""
 
 _LIMITED = 89
 """The architecture with the least shared memory."""
@@ -49,6 +53,10 @@ def quantize(x: Tensor, rounding: Rounding, columns: int) -> tuple[Tensor, Tenso
     """Return what `rounding.codes_of` returns for `x` `[m, k]`, codes padded with zeros to so many columns."""
     from compressor.kernels.gpu.quantize import quantize_rows
 
+    if rounding.matrix is not None and x.dtype == torch.float32:  # sums in float32 belong to no matrix unit
+        turned = x.index_select(-1, rounding.order) if rounding.order.numel() else x
+        turned = Rotate(rounding.matrix).apply(turned)
+        return quantize(turned, replace(rounding, matrix=None, order=rounding.order[:0]), columns)
     m, k = x.shape
     codes = torch.empty(m, columns, dtype=torch.int8, device=x.device)
     scale = torch.empty(m, dtype=torch.float32, device=x.device)
@@ -56,6 +64,9 @@ def quantize(x: Tensor, rounding: Rounding, columns: int) -> tuple[Tensor, Tenso
     if m == 0:
         return codes, scale, zero
     step, order, shift, factor = (tensor if tensor.numel() else scale for tensor in rounding.tensors)
+    if rounding.matrix is not None:
+        _rotated(x, rounding, codes, scale, zero)
+        return codes, scale, zero
     block = min(QUANTIZE_COLUMNS, 1 << (columns - 1).bit_length())
     quantize_rows[(m,)](
         x, order, shift, factor, step, codes, scale, scale if rounding.symmetric else zero, k, columns, x.stride(0),
@@ -66,6 +77,31 @@ def quantize(x: Tensor, rounding: Rounding, columns: int) -> tuple[Tensor, Tenso
         enable_fp_fusion=False,
     )  # fmt: skip
     return codes, scale, zero
+
+
+def _rotated(x: Tensor, rounding: Rounding, codes: Tensor, scale: Tensor, zero: Tensor) -> None:
+    """Fill what `quantize` returns with a kernel that turns blocks of channels on the way."""
+    from compressor.kernels.gpu.rotate import quantize_rotated
+
+    assert rounding.matrix is not None, "asked before"
+    (m, k), columns, size = x.shape, codes.shape[1], rounding.matrix.shape[0]
+    _, processors = device_of(x.device)
+    tiles = ceil_div(m, ROTATE_ROWS)
+    steps = ceil_div(k // size, min(k // size, max(1, 2 * processors // tiles)))
+    split = ceil_div(k // size, steps)
+    turned = torch.empty(m, k, dtype=x.dtype, device=x.device)
+    ranges = torch.empty(split, 2, tiles * ROTATE_ROWS, dtype=torch.float32, device=x.device)
+    counters = COUNTERS.get(tiles, x.device) if split > 1 else scale
+    step, order, shift, factor = (tensor if tensor.numel() else scale for tensor in rounding.tensors)
+    quantize_rotated[(tiles, split)](
+        x, order, rounding.matrix.contiguous(), shift, factor, step, turned, ranges, counters, codes, scale,
+        zero if zero.numel() else scale, m, k, columns, steps, x.stride(0), codes.stride(0), rounding.clip,
+        HAS_ORDER=rounding.order.numel() > 0, HAS_SHIFT=rounding.shift.numel() > 0,
+        HAS_FACTOR=rounding.factor.numel() > 0, STATIC=rounding.step.numel() > 0, SYMMETRIC=rounding.symmetric,
+        FLOATING=rounding.floating, BITS=rounding.bits, SPLIT=split, SIZE=size, BLOCK_M=ROTATE_ROWS,
+        BLOCK=min(ROTATE_COLUMNS, 1 << (columns - 1).bit_length()), INTERPRET=interpreted(), num_warps=4,
+        enable_fp_fusion=False,
+    )  # fmt: skip
 
 
 def int_matmul(

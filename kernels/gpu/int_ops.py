@@ -22,7 +22,7 @@ def linear(x: Tensor, weight: IntWeight, rounding: Rounding, bias: Tensor | None
         bias: `[n]` or None.
     """
     out: Tensor = int_linear(
-        x, *weight.tensors, None if bias is None else bias.to(x.dtype), *rounding.tensors, weight.bits,
+        x, *weight.tensors, None if bias is None else bias.to(x.dtype), *rounding.tensors, rounding.matrix, weight.bits,
         weight.shape[0], weight.shape[1], weight.group, rounding.bits, rounding.symmetric, rounding.clip,
     )  # fmt: skip
     return out
@@ -39,6 +39,7 @@ def int_linear(
     order: Tensor,
     shift: Tensor,
     factor: Tensor,
+    matrix: Tensor | None,
     bits: int,
     n: int,
     k: int,
@@ -53,7 +54,7 @@ def int_linear(
     if x.device != words.device:
         raise UnsupportedError(f"inputs on {x.device}, the weight on {words.device}", "move one to the other")
     weight = IntWeight(bits, (n, k), group, words, scale, sums)
-    rounding = Rounding(input_bits, symmetric, clip, step, order, shift, factor)
+    rounding = Rounding(input_bits, symmetric, clip, step, order, shift, factor, matrix=matrix)
     flat = x.reshape(-1, k)
     if x.device.type != "cuda":
         out = reference(flat, weight, rounding, bias)
@@ -76,6 +77,7 @@ def _(
     order: Tensor,
     shift: Tensor,
     factor: Tensor,
+    matrix: Tensor | None,
     bits: int,
     n: int,
     k: int,

@@ -105,14 +105,14 @@ def _start(
     if config.split > 1:
         partial = torch.empty(config.split * tiles * tile.block_n * tile.block_m, dtype=torch.float32, device=x.device)
         counters = COUNTERS.get(tiles, x.device)
-    blocks, order, per_token, experts = out, out, 1, (0, 0, 0)
+    blocks, order, per_token, experts = out, out, 1, (0, 0, 0, 0)
     if routing is not None:
         blocks, order, per_token, experts = routing.blocks, routing.order, m // x.shape[0], _expert_strides(weight)
     or0, or1, or2 = constants(weight.grid, x.dtype)
     packed_matmul[(tiles, config.split)](
         x, *_pointers(weight), out if bias is None else bias, out, partial, counters, blocks, order,
-        m, n, k, n_tiles, steps, x.stride(0), x.stride(1), weight.words.stride(-2), _scale_stride(weight),
-        out.stride(0), *experts, per_token, or0, or1, or2, 1.0,
+        m, n, k, n_tiles, steps, x.stride(0), x.stride(1), weight.words.stride(-2), _bits_stride(weight),
+        _scale_stride(weight), out.stride(0), *experts, per_token, or0, or1, or2, 1.0,
         **specialisation(weight, config, bias is not None), GROUPED=routing is not None, num_warps=tile.warps,
         num_stages=tile.stages, enable_fp_fusion=True,
     )  # fmt: skip
@@ -151,7 +151,7 @@ def dequantize(weight: RuntimeWeight, dtype: torch.dtype, start: int = 0, stop: 
     unpack_weight[(ceil_div(stop - start, block_n), ceil_div(k, block_k))](
         words[start:], bits[start:] if weight.bits.numel() else bits, scale[:, start:] if scale.numel() else scale,
         zero[:, start:] if zero.numel() else zero, row[start:] if row.numel() else row, table, out, stop - start, k,
-        words.stride(0), _scale_stride(weight), out.stride(0), or0, or1, or2,
+        words.stride(0), _bits_stride(weight), _scale_stride(weight), out.stride(0), or0, or1, or2,
         GRID=weight.grid, GROUP=weight.group, PER=groups_per_chunk(weight.group), SCALE=weight.scale_kind,
         ROW=ROW_CODES[weight.row_kind], HAS_ZERO=weight.zero.numel() > 0, CODES=CODES[weight.grid], BLOCK_N=block_n,
         BLOCK_K=block_k, INTERPRET=interpreted(), num_warps=4, enable_fp_fusion=True,
@@ -265,15 +265,21 @@ def _pointers(weight: RuntimeWeight) -> tuple[Tensor, ...]:
     )
 
 
+def _bits_stride(weight: RuntimeWeight) -> int:
+    """Return the elements between two rows of `bits`."""
+    return weight.bits.stride(-2) if weight.bits.numel() else 0
+
+
 def _scale_stride(weight: RuntimeWeight) -> int:
     """Return the elements between two chunks of scales (and zero points)."""
     return weight.scale.stride(-3) if weight.scale.numel() else 0
 
 
-def _expert_strides(stack: RuntimeWeight) -> tuple[int, int, int]:
-    """Return the elements between two experts' words, scales and rows' scales."""
+def _expert_strides(stack: RuntimeWeight) -> tuple[int, int, int, int]:
+    """Return the elements between two experts' words, bits, scales and rows' scales."""
     return (
         stack.words.stride(0),
+        stack.bits.stride(0) if stack.bits.numel() else 0,
         stack.scale.stride(0) if stack.scale.numel() else 0,
         stack.row.stride(0) if stack.row.numel() else 0,
     )

@@ -17,11 +17,30 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-CODES = {"int2": 16, "int3": 16, "int4": 8, "int8": 4, "e2m1": 8, "e3m0": 8, "table8": 8, "table16": 8}
-"""Codes in a word, by grid."""
+CODES = {
+    "int2": 16,
+    "int3": 16,
+    "int4": 8,
+    "int8": 4,
+    "e2m1": 8,
+    "e3m0": 8,
+    "table2bit": 16,
+    "table3bit": 16,
+    "table8": 8,
+    "table16": 8,
+    "float16-2of4": 4,
+    "bfloat16-2of4": 4,
+}
+"""Columns in a word, by grid."""
 
-TABLES = ("table8", "table16")
-"""Grids whose codes index a table: of eight values with a sign in the code, and of sixteen."""
+SPARSE = {"float16-2of4": torch.float16, "bfloat16-2of4": torch.bfloat16}
+"""Grids of 16-bit floats of which at least two of every four columns are zero; see `sparse.py`."""
+
+TABLES = ("table2bit", "table3bit", "table8", "table16")
+"""Grids whose codes index a table: of four values, of eight, of eight with a sign in the code, and of sixteen."""
+
+THREE_BITS = ("int3", "table3bit")
+"""Grids with 16 more bits for every word, in `RuntimeWeight.bits`."""
 
 TABLE_WORDS = 16
 """Words of one row of `RuntimeWeight.table`."""
@@ -51,7 +70,8 @@ class RuntimeWeight:
         scale_kind: `float`, `e4m3`, `e8m0`, or `none` if `group` is 0.
         row_kind: `none`, `times` or `over`: what `row` is for.
         words: int32 `[rows, columns / codes per word]`, padded.
-        bits: int16 of the same shape: the third bits of int3; else empty.
+        bits: int16 of the same shape: 16 more bits for every word of `THREE_BITS`; for every four words of `SPARSE`;
+            else empty.
         scale: `[chunks, rows, groups per chunk]`: floats, E4M3 bytes, or E8M0 bytes moved so that a row's largest is
             254; empty if `group` is 0.
         zero: float16 of the shape of `scale` (`[1, rows, 1]` if `group` is 0): zero code less zero point; empty for
@@ -121,12 +141,18 @@ def refuse(name: str, k: int, group: int) -> str | None:
 
 
 def code_bits(grid: str) -> tuple[tuple[int, ...], ...]:
-    """Return, for each code of a word, where its bits lie, the lowest first; int3's third bit, at 32 and up, in `bits`.
+    """Return, for each code of a word, where its bits lie, the lowest first; at 32 and up: in `bits`.
 
-    Codes `2 * i` and `2 * i + 1` lie 16 bits apart. Of table indices, the lowest three bits lie in nibbles, in order,
-    where a byte permutation reads them; the fourth bits of the first four codes are the top bits of bytes, those of the
-    others lie four places below.
+    Codes `2 * i` and `2 * i + 1` lie 16 bits apart. Table indices lie in nibbles, in order, where a byte permutation
+    reads them. Those of 2 bits fill the lower halves of nibbles first, then the upper ones. Of 3 bits, the top bits of
+    nibbles make up the last four indices: one bit each from the first, second and third four nibbles. Of 4 bits, the
+    fourth bits of the first four codes are the top bits of bytes, those of the others lie four places below.
     """
+    if grid == "table2bit":
+        return tuple((4 * (code % 8) + 2 * (code // 8), 4 * (code % 8) + 2 * (code // 8) + 1) for code in range(16))
+    if grid == "table3bit":
+        plain = [(4 * code, 4 * code + 1, 4 * code + 2) for code in range(12)]
+        return (*plain, *((4 * code + 3, 4 * code + 19, 4 * code + 35) for code in range(4)))
     places: list[tuple[int, ...]] = []
     for code in range(CODES[grid]):
         if grid in TABLES:
@@ -148,14 +174,14 @@ def code_bits(grid: str) -> tuple[tuple[int, ...], ...]:
 def constants(grid: str, dtype: torch.dtype) -> tuple[int, int, int]:
     """Return what the kernels OR into (integers) or mask with (floats) both halves of a word.
 
-    A code at mantissa bit `p` stands for itself under the exponent of `2**(M - p)`.
+    A code at mantissa bit `p` stands for itself under the exponent of `2**(M - p)`. What needs none gets zeros.
     """
     mantissa, bias = (7, 127) if dtype == torch.bfloat16 else (10, 15)
 
     def exponent(power: int) -> int:
         return (bias + power << mantissa) * 0x10001
 
-    if grid in TABLES:
+    if grid in TABLES or grid in SPARSE or (dtype == torch.bfloat16 and grid in ("int2", "int4", "int8")):
         return 0, 0, 0
     if grid in _FLOAT_BITS:
         lowest = mantissa - (1 if grid == "e2m1" else 0)
@@ -164,18 +190,18 @@ def constants(grid: str, dtype: torch.dtype) -> tuple[int, int, int]:
     if grid == "int4":
         return exponent(mantissa), exponent(mantissa - 4), 0
     if grid == "int8":
-        # The second one is minus twice the first.
-        return exponent(mantissa), (exponent(mantissa + 1) | 0x80008000) - (1 << 32), 0
+        return exponent(mantissa), 0, 0
     return exponent(mantissa), exponent(mantissa - 2), exponent(mantissa - 4)
 
 
 def table_words(values: Tensor, exponent: Tensor | None = None) -> Tensor:
     """Return a table as the kernels read it, int32 `[3, 16]`, on the device of `values`.
 
-    Row 0 is the table itself, float32. Row 1 is for float16 and row 2 for bfloat16: entries, rounded to that dtype, as
-    the low bytes of entries 0 to 3 and 4 to 7, their high bytes, then the same of entries 8 to 15; and word 8 is the
-    float32 by which sums must be multiplied, a power of two: entries are scaled so that the largest is in
-    `[2^14, 2^15)`, where float16 has the most room below. Word 9 of row 1 is not for kernels.
+    Row 0 is the table itself, float32; tables of 2 and 3 bits fill its beginning. Row 1 is for float16 and row 2 for
+    bfloat16: entries, rounded to that dtype, as the low bytes of entries 0 to 3 and 4 to 7, their high bytes, then the
+    same of entries 8 to 15; and word 8 is the float32 by which sums must be multiplied, a power of two: entries are
+    scaled so that the largest is in `[2^14, 2^15)`, where float16 has the most room below. Word 9 of row 1 is not for
+    kernels.
 
     Args:
         values: float32 `[16]`, finite.
@@ -212,10 +238,10 @@ def is_signed(values: Tensor) -> bool:
 
 
 def pack_words(codes: Tensor, grid: str) -> tuple[Tensor, Tensor]:
-    """Pack uint8 codes `[n, k]` into int32 words and, for int3, int16 third bits; both padded with code 0."""
+    """Pack uint8 codes `[n, k]` into int32 words and, for 3 bits, 16 more each as int16; both padded with code 0."""
     rows, columns = (-(-size // pad) * pad for size, pad in zip(codes.shape, (PAD_ROWS, PAD_COLUMNS), strict=True))
     words = codes.new_zeros((rows, columns // CODES[grid]), dtype=torch.int32)
-    bits = codes.new_zeros(words.shape if grid == "int3" else (0,), dtype=torch.int16)
+    bits = codes.new_zeros(words.shape if grid in THREE_BITS else (0,), dtype=torch.int16)
     places = code_bits(grid)
     for start in range(0, codes.shape[0], _ROWS_AT_ONCE):  # a copy of wide integers only of some rows
         part = codes[start : start + _ROWS_AT_ONCE]
@@ -225,7 +251,7 @@ def pack_words(codes: Tensor, grid: str) -> tuple[Tensor, Tensor]:
             for bit, place, width in _runs(where):
                 stream |= (lanes[..., lane] >> bit & (1 << width) - 1) << place
         words[start : start + len(part)] = _signed(stream & 0xFFFFFFFF, 32).to(torch.int32)
-        if grid == "int3":
+        if grid in THREE_BITS:
             bits[start : start + len(part)] = _signed(stream >> 32, 16).to(torch.int16)
     return words, bits
 
@@ -237,7 +263,7 @@ def unpack_words(words: Tensor, bits: Tensor, grid: str, shape: tuple[int, int])
     for start in range(0, n, _ROWS_AT_ONCE):
         rows = slice(start, min(start + _ROWS_AT_ONCE, n))
         stream = words[rows].to(torch.int64) & 0xFFFFFFFF
-        if grid == "int3":
+        if grid in THREE_BITS:
             stream |= (bits[rows].to(torch.int64) & 0xFFFF) << 32
         for lane, where in enumerate(code_bits(grid)):
             parts = [(stream >> place & (1 << width) - 1) << bit for bit, place, width in _runs(where)]

@@ -20,8 +20,8 @@ from compressor.kernels.gpu.split import added, hand_in
 def packed_matmul(
     x_ptr, words_ptr, bits_ptr, scale_ptr, zero_ptr, row_ptr, table_ptr, bias_ptr, y_ptr, partial_ptr, counter_ptr,
     blocks_ptr, order_ptr,
-    m, n, k, n_tiles, steps, x_stride_m, x_stride_k, words_stride, scale_stride, y_stride, words_expert, scale_expert,
-    row_expert, per_token, or0, or1, or2, unit,
+    m, n, k, n_tiles, steps, x_stride_m, x_stride_k, words_stride, bits_stride, scale_stride, y_stride, words_expert,
+    bits_expert, scale_expert, row_expert, per_token, or0, or1, or2, unit,
     GRID: tl.constexpr, GROUP: tl.constexpr, PER: tl.constexpr, SCALE: tl.constexpr, ON_WEIGHTS: tl.constexpr,
     ROW: tl.constexpr, HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, CODES: tl.constexpr, EVEN_K: tl.constexpr,
     CARRY: tl.constexpr, REGISTERS: tl.constexpr, SPLIT: tl.constexpr, GROUPED: tl.constexpr,
@@ -35,7 +35,7 @@ def packed_matmul(
     Args:
         x_ptr: `[m, k]`, float16 or bfloat16.
         words_ptr: uint32 `[>= n, >= k / CODES]`.
-        bits_ptr: uint16, one for each word, for `int3`.
+        bits_ptr: uint16: one for each word of 3-bit codes; one for four words where two of four columns are kept.
         scale_ptr: `[groups / PER, >= n, PER]`: floats, E4M3 or shifted E8M0 bytes, by `SCALE`.
         zero_ptr: float16, of the same shape: zero code less zero point, if `HAS_ZERO`.
         row_ptr: float32 `[>= n]`: what whole rows are multiplied (`ROW` 1) or, with `e4m3`, divided (2) by.
@@ -55,9 +55,11 @@ def packed_matmul(
         x_stride_m: Elements between rows of x, and so on.
         x_stride_k: See `x_stride_m`.
         words_stride: See `x_stride_m`.
+        bits_stride: See `x_stride_m`.
         scale_stride: See `x_stride_m`.
         y_stride: See `x_stride_m`.
         words_expert: Words between two experts, if `GROUPED`, and so on.
+        bits_expert: See `words_expert`.
         scale_expert: See `words_expert`.
         row_expert: See `words_expert`.
         per_token: Rows of y that each row of x makes, if `GROUPED`.
@@ -100,7 +102,7 @@ def packed_matmul(
         offs_m = tl.load(order_ptr + places, mask=there, other=0)
         rows = offs_m // per_token
         words_ptr += expert * words_expert
-        bits_ptr += expert * words_expert
+        bits_ptr += expert * bits_expert
         scale_ptr += expert * scale_expert
         zero_ptr += expert * scale_expert
         row_ptr += expert * row_expert
@@ -111,7 +113,10 @@ def packed_matmul(
     last = tl.minimum(first + steps, tl.cdiv(k, BLOCK_K))
     words_at = offs_n[:, None].to(tl.int64) * words_stride + (first * (BLOCK_K // CODES) + offs_w)[None, :]
     words_ptrs = words_ptr + words_at
-    bits_ptrs = bits_ptr + words_at
+    SPARSE: tl.constexpr = GRID == "float16-2of4" or GRID == "bfloat16-2of4"
+    BITS: tl.constexpr = BLOCK_K // (4 * CODES if SPARSE else CODES)  # per row and step
+    bits_at = offs_n[:, None].to(tl.int64) * bits_stride + (first * BITS + tl.arange(0, BITS))[None, :]
+    bits_ptrs = bits_ptr + bits_at
     x_ptrs = x_ptr + rows[:, None].to(tl.int64) * x_stride_m + (first * BLOCK_K + offs_k)[None, :] * x_stride_k
     row = tl.full((BLOCK_N,), 1.0, tl.float32) * unit
     if ROW == 1:
@@ -121,8 +126,12 @@ def packed_matmul(
     FLOAT: tl.constexpr = GRID == "e2m1" or GRID == "e3m0"
     # Powers of two that `decode` leaves: taken back on the sum, where float32 can hold what is in between.
     SCALED: tl.constexpr = ON_WEIGHTS or (FLOAT and DTYPE == tl.bfloat16)
+    ON_SUMS: tl.constexpr = SCALE == "float" and not ON_WEIGHTS
+    SUBNORMAL: tl.constexpr = DTYPE == tl.bfloat16 and (GRID == "int2" or GRID == "int4" or GRID == "int8")
     if FLOAT and not SCALED:
         row *= 32768.0
+    elif SUBNORMAL and not HAS_ZERO:
+        row *= 64.0
     if REGISTERS:
         # Where Triton finds a `join` before the operand of such a product, it gives it a layout that takes several
         # times the loads and a move for every register. It does not look into branches, so decoding is in one. The
@@ -132,12 +141,12 @@ def packed_matmul(
         # mask; arguments are constants, too, and would cost an instruction more.
         nothing = ((offs_n + n) >> 31).to(tl.uint32)[:, None]
         or0, or1, or2 = nothing | or0.to(tl.uint32), nothing | or1.to(tl.uint32), nothing | or2.to(tl.uint32)
-    table, factor = load_table(table_ptr, GRID, DTYPE)
+    table, factor = load_table(table_ptr, n, GRID, DTYPE, INTERPRET)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for step in range(first, last):
         words = tl.load(words_ptrs, eviction_policy="evict_first")
         bits = words
-        if GRID == "int3":
+        if GRID == "int3" or GRID == "table3bit" or SPARSE:
             bits = tl.load(bits_ptrs, eviction_policy="evict_first").to(tl.uint32)
         mask = there[:, None]
         if not EVEN_K:
@@ -166,17 +175,17 @@ def packed_matmul(
             x = x.to(tl.float32)
         if CARRY:
             acc = tl.dot(w, tl.trans(x), acc)
-        elif SCALE == "float" and not ON_WEIGHTS:
+        elif ON_SUMS:
             scale = load_groups(scale_ptr, scale_stride, step, offs_n, GROUP, PER, BLOCK_K).reshape(BLOCK_N)
             acc += tl.dot(w, tl.trans(x)) * scale.to(tl.float32)[:, None]
         else:  # the product by a number unknown to the compiler keeps it from carrying the sum
             acc += tl.dot(w, tl.trans(x)) * row[:, None]
         words_ptrs += BLOCK_K // CODES
-        bits_ptrs += BLOCK_K // CODES
+        bits_ptrs += BITS
         x_ptrs += BLOCK_K * x_stride_k
-    if CARRY:
+    if CARRY or (ON_SUMS and SUBNORMAL):
         acc *= row[:, None]
-    if GRID == "table8" or GRID == "table16":
+    if GRID == "table2bit" or GRID == "table3bit" or GRID == "table8" or GRID == "table16":
         acc *= factor
     if SPLIT == 1:
         _store(acc, bias_ptr, y_ptr, y_stride, offs_m, offs_n, there, n, HAS_BIAS)

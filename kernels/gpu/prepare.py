@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from compressor.errors import UnsupportedError
 from compressor.formats.base import PackedTensor, QParams, QuantFormat, n_groups
@@ -22,6 +23,7 @@ from compressor.formats.power import Power
 from compressor.kernels.gpu.layout import (
     CODES,
     PAD_ROWS,
+    SPARSE,
     TABLES,
     RuntimeWeight,
     chunked,
@@ -33,6 +35,7 @@ from compressor.kernels.gpu.layout import (
     unchunked,
     unpack_words,
 )
+from compressor.kernels.gpu.sparse import unpack
 
 TOP_BYTE = 254
 """The E8M0 byte of a row's largest scale: its float32 is the largest power of two."""
@@ -78,7 +81,7 @@ def restore(weight: RuntimeWeight, fmt: QuantFormat) -> PackedTensor:
         return fmt.pack(codes, _integer_params(weight, fmt))
     if weight.grid in TABLES:
         assert isinstance(fmt, Codebook), fmt.name
-        return fmt.pack(*_table_params(codes, weight, fmt))
+        return fmt.pack(codes, _table_params(weight, fmt))
     scale = unchunked(weight.scale, n, n_groups(k, fmt.group_size)) if weight.group else weight.row[:n, None]
     if isinstance(fmt, NVFP4):
         return fmt.pack(codes, QParams(scale.view(torch.float8_e4m3fn), global_scale=weight.row[:1].clone()))
@@ -96,6 +99,8 @@ def restore(weight: RuntimeWeight, fmt: QuantFormat) -> PackedTensor:
 
 def decode(weight: RuntimeWeight) -> Tensor:
     """Return the weight, float32 `[n, k]`, bit-equal to what its format decodes; zeros may differ in sign."""
+    if weight.grid in SPARSE:
+        return unpack(weight).float()
     codes = unpack_words(weight.words, weight.bits, weight.grid, weight.shape)
     n, k = weight.shape
     if weight.grid == "e2m1" and weight.group:
@@ -165,11 +170,8 @@ def _table(codes: Tensor, q: QParams, fmt: Codebook) -> RuntimeWeight:
     """Lay out what indexes a table of up to sixteen values."""
     n, k = codes.shape
     assert q.codebook is not None, f"{fmt.name} parameters carry a table"
-    half = 1 << (fmt.bits - 1)
-    values = q.codebook.new_zeros(16)  # the halves begin at 0 and at 8, however few there are in each
-    values[:half], values[8 : 8 + half] = q.codebook[:half], q.codebook[half:]
-    codes = codes + (codes >> (fmt.bits - 1)) * (8 - half)
-    grid = "table8" if is_signed(values) else "table16"
+    values = functional.pad(q.codebook, (0, 16 - q.codebook.numel()))
+    grid = f"table{fmt.bits}bit" if fmt.bits < 4 else "table8" if is_signed(values) else "table16"
     group = 0 if n_groups(k, fmt.group_size) == 1 else fmt.group_size or 0
     scale = q.scale.reshape(1, 1).expand(n, 1) if q.scale.ndim == 1 else q.scale  # [n, groups]
     table = table_words(values, q.exponent)
@@ -178,18 +180,14 @@ def _table(codes: Tensor, q: QParams, fmt: Codebook) -> RuntimeWeight:
     return _weight(codes, grid, 0, "none", "times", None, _padded(scale[:, 0].float()), table=table)
 
 
-def _table_params(codes: Tensor, weight: RuntimeWeight, fmt: Codebook) -> tuple[Tensor, QParams]:
-    """Return the format's own codes and parameters."""
+def _table_params(weight: RuntimeWeight, fmt: Codebook) -> QParams:
     n, k = weight.shape
-    half = 1 << (fmt.bits - 1)
-    values = table_values(weight.table)
-    codebook = torch.cat((values[:half], values[8 : 8 + half]))
+    codebook = table_values(weight.table)[: 1 << fmt.bits].clone()
     scale = unchunked(weight.scale, n, n_groups(k, fmt.group_size)) if weight.group else weight.row[:n, None]
-    codes = codes - (codes >> 3) * (8 - half)
     if not isinstance(fmt, Power):
-        return codes, QParams(scale.contiguous(), codebook=codebook)
+        return QParams(scale.contiguous(), codebook=codebook)
     scale = scale[0] if fmt.per_tensor else scale
-    return codes, QParams(scale.to(fmt.dtype).contiguous(), codebook=codebook, exponent=table_exponent(weight.table))
+    return QParams(scale.to(fmt.dtype).contiguous(), codebook=codebook, exponent=table_exponent(weight.table))
 
 
 def _weight(
@@ -222,7 +220,7 @@ def _weight(
 
 def _padded(row: Tensor) -> Tensor:
     """Return float32 `[rows]`, padded with ones: they divide, too."""
-    return torch.nn.functional.pad(row.float(), (0, -row.shape[0] % PAD_ROWS), value=1.0).contiguous()
+    return functional.pad(row.float(), (0, -row.shape[0] % PAD_ROWS), value=1.0).contiguous()
 
 
 def _top_bytes(weight: RuntimeWeight) -> Tensor:

@@ -45,7 +45,6 @@ def quantize_rows(
         BITS: Bits of a code.
         BLOCK: Columns per step.
     """
-    HALF: tl.constexpr = 2 ** (BITS - 1)
     row = tl.program_id(0)
     x_ptr += row.to(tl.int64) * x_stride
     codes_ptr += row.to(tl.int64) * codes_stride
@@ -60,23 +59,13 @@ def quantize_rows(
             high = tl.maximum(high, v if not SYMMETRIC else tl.abs(v))
             if not SYMMETRIC:
                 low = tl.minimum(low, v)
-    zero = 0.0
-    if STATIC:
-        scale = tl.load(step_ptr)
-    elif SYMMETRIC:
-        scale = tl.div_rn(tl.max(high, 0) * clip, 448.0 if FLOATING else (2.0**BITS - 1) / 2)
-        scale = tl.where(scale == 0, 1.1920928955078125e-07, scale)
-    else:
-        bottom = tl.min(low, 0) * clip
-        scale = tl.div_rn(tl.max(high, 0) * clip - bottom, 2.0**BITS - 1)
-        scale = tl.where(scale == 0, 1.1920928955078125e-07, scale)
-        zero = _round(_clamp(-HALF - tl.div_rn(bottom, scale), HALF))
+    scale, zero = grid_of(tl.max(high, 0), tl.min(low, 0), step_ptr, clip, STATIC, SYMMETRIC, FLOATING, BITS)
+    if not SYMMETRIC and not STATIC:
         tl.store(zero_ptr + row, zero.to(tl.int32))
     for start in range(0, columns, BLOCK):
         offs = start + inside
         v = _treated(x_ptr, order_ptr, shift_ptr, factor_ptr, offs, k, HAS_ORDER, HAS_SHIFT, HAS_FACTOR)
-        z = tl.div_rn(v, tl.zeros_like(v) + scale)
-        code = _e4m3(z) if FLOATING else _round(_clamp(z + zero, HALF)).to(tl.int32)
+        code = codes_of(v, scale, zero, FLOATING, BITS)
         tl.store(codes_ptr + offs, tl.where(offs < k, code, 0).to(tl.int8), mask=offs < columns)
     tl.store(scale_ptr + row, tl.where(tl.max(wrong, 0) > 0, float("nan"), scale))
 
@@ -93,6 +82,15 @@ def _treated(
     if HAS_ORDER:
         where = tl.load(order_ptr + offs, mask=there, other=0)
     v = tl.load(x_ptr + where, mask=there, other=0.0).to(tl.float32)
+    return moved(v, shift_ptr, factor_ptr, offs, k, HAS_SHIFT, HAS_FACTOR, DTYPE)
+
+
+@triton.jit
+def moved(
+    v, shift_ptr, factor_ptr, offs, k, HAS_SHIFT: tl.constexpr, HAS_FACTOR: tl.constexpr, DTYPE: tl.constexpr
+):  # fmt: skip
+    """Shift and scale columns `offs` of float32 `v` `[..., columns]`, rounding to `DTYPE` after each."""
+    there = offs < k
     if HAS_SHIFT:
         shift = tl.load(shift_ptr + offs, mask=there, other=0.0)
         v = (v - shift.to(DTYPE).to(tl.float32)).to(DTYPE).to(tl.float32)
@@ -100,6 +98,38 @@ def _treated(
         factor = tl.load(factor_ptr + offs, mask=there, other=0.0)
         v = (v * factor.to(DTYPE).to(tl.float32)).to(DTYPE).to(tl.float32)
     return v
+
+
+@triton.jit
+def grid_of(
+    high, low, step_ptr, clip, STATIC: tl.constexpr, SYMMETRIC: tl.constexpr, FLOATING: tl.constexpr, BITS: tl.constexpr
+):  # fmt: skip
+    """Return scale and zero point, float32, of rows that reach from `low` to `high`, or to `high` on both sides."""
+    zero = tl.zeros_like(high)
+    if STATIC:
+        scale = zero + tl.load(step_ptr)
+    elif SYMMETRIC:
+        scale = _positive(
+            tl.div_rn(high * clip, tl.full(high.shape, 448.0 if FLOATING else (2.0**BITS - 1) / 2, tl.float32))
+        )
+    else:
+        HALF: tl.constexpr = 2 ** (BITS - 1)
+        bottom = low * clip
+        scale = _positive(tl.div_rn(high * clip - bottom, tl.full(high.shape, 2.0**BITS - 1, tl.float32)))
+        zero = _round(_clamp(-HALF - tl.div_rn(bottom, scale), HALF))
+    return scale, zero
+
+
+@triton.jit
+def codes_of(v, scale, zero, FLOATING: tl.constexpr, BITS: tl.constexpr):
+    """Return the codes of float32 `v`, int32; scale and zero point may be broadcast."""
+    z = tl.div_rn(v, tl.zeros_like(v) + scale)
+    return _e4m3(z) if FLOATING else _round(_clamp(z + zero, 2 ** (BITS - 1))).to(tl.int32)
+
+
+@triton.jit
+def _positive(scale):
+    return tl.where(scale == 0, 1.1920928955078125e-07, scale)
 
 
 @triton.jit

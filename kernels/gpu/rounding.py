@@ -1,8 +1,9 @@
 """Which of a layer's input operations one kernel carries out: what it computes, in plain torch.
 
-The kernel `quantize.quantize_rows` does the end of a layer's operations in one pass: reorder channels, shift them,
-scale them, round to integers or to 8-bit floats. `codes_of` is what it must equal, and itself equals
-`compressor.inputs` bit for bit.
+The kernels `quantize.quantize_rows` and `rotate.quantize_rotated` do the end of a layer's operations in one launch:
+reorder channels, turn blocks of them, shift them, scale them, round to integers or to 8-bit floats. `codes_of` is what
+they must equal, and itself equals `compressor.inputs` bit for bit. A rotation is a sum, which no two matrix products
+add up in the same order: there equal means but for numbers that the last bit of a sum pushes over a rounding boundary.
 """
 
 from __future__ import annotations
@@ -14,10 +15,13 @@ import torch
 from torch import Tensor
 
 from compressor.formats.e4m3 import E4M3_MAX
-from compressor.inputs import InputOp, Permute, Quantize, Scale, Shift
+from compressor.inputs import InputOp, Permute, Quantize, Rotate, Scale, Shift
 
 BITS = {"int": (4, 5, 6, 7, 8), "float": (8,), "power": ()}
 """Bits of codes that kernels multiply, by kind of input format."""
+
+SIZES = (16, 32, 64, 128)
+"""Columns of the blocks that the matrix unit turns, all at once."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Rounding:
         shift: float32 `[k]`, subtracted then; empty: nothing.
         factor: float32 `[k]`, multiplied by then; empty: nothing.
         floating: Codes are the bytes of E4M3 floats, not integers.
+        matrix: `[b, b]`: what every block of `b` channels is multiplied by after they are reordered, `b` in `SIZES`.
     """
 
     bits: int
@@ -43,10 +48,11 @@ class Rounding:
     shift: Tensor
     factor: Tensor
     floating: bool = False
+    matrix: Tensor | None = None
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """The four tensors, in the order of the attributes."""
+        """The first four tensors, in the order of the attributes."""
         return (self.step, self.order, self.shift, self.factor)
 
 
@@ -60,19 +66,24 @@ def kind_of(ops: Sequence[InputOp]) -> str:
     return "int" if fmt.kind == "int" else "fp8"
 
 
-def fused(ops: Sequence[InputOp], device: torch.device) -> tuple[tuple[InputOp, ...], Rounding]:
+def fused(
+    ops: Sequence[InputOp], device: torch.device, rotations: bool = False
+) -> tuple[tuple[InputOp, ...], Rounding]:
     """Return the operations that must run before, and the end that the kernel does.
 
     Args:
         ops: All operations of a layer; `kind_of` knows them.
         device: Where they are.
+        rotations: Whether the kernel turns blocks of channels.
     """
     assert kind_of(ops), "asked before"
     *before, last = ops
     assert isinstance(last, Quantize)
     found: dict[str, Tensor] = {}
-    for kind, name in ((Scale, "factor"), (Shift, "shift"), (Permute, "order")):
+    for kind, name in ((Scale, "factor"), (Shift, "shift"), (Rotate, "matrix"), (Permute, "order")):
         if before and isinstance(before[-1], kind):
+            if kind is Rotate and not (rotations and before[-1].describe()["size"] in SIZES):
+                continue
             found[name] = next(iter(before.pop().tensors().values()))
     empty = torch.empty(0, device=device)
     return tuple(before), Rounding(
@@ -84,6 +95,7 @@ def fused(ops: Sequence[InputOp], device: torch.device) -> tuple[tuple[InputOp, 
         shift=found["shift"].float() if "shift" in found else empty,
         factor=found["factor"].float() if "factor" in found else empty,
         floating=last.format.kind == "float",
+        matrix=found.get("matrix"),
     )
 
 
@@ -94,6 +106,8 @@ def codes_of(x: Tensor, rounding: Rounding) -> tuple[Tensor, Tensor, Tensor]:
     """
     if rounding.order.numel():
         x = x.index_select(-1, rounding.order)
+    if rounding.matrix is not None:
+        x = Rotate(rounding.matrix).apply(x)
     if rounding.shift.numel():
         x = x - rounding.shift.to(x.dtype)
     if rounding.factor.numel():

@@ -11,17 +11,21 @@ from compressor.kernels.gpu.layout import (
     CODES,
     PAD_COLUMNS,
     PAD_ROWS,
+    SPARSE,
     TABLES,
+    THREE_BITS,
     RuntimeWeight,
     groups_per_chunk,
     table_words,
 )
+from compressor.kernels.gpu.sparse import pack
 
 KINDS: dict[str, tuple[int, str, str]] = {
     "group": (128, "float", "none"),
     "channel": (0, "none", "times"),
     "nvfp4": (16, "e4m3", "over"),
     "mxfp4": (32, "e8m0", "times"),
+    "dense": (0, "none", "none"),
 }
 """What scales a weight: columns per scale, `scale_kind` and `row_kind` of `layout.RuntimeWeight`."""
 
@@ -49,6 +53,12 @@ def random_weight(
         seed: Of the random numbers.
     """
     generator = torch.Generator(device).manual_seed(seed)
+    if grid in SPARSE:
+        dense = torch.randn(n, k, generator=generator, device=device) * 0.05
+        _, least = dense.unflatten(1, (-1, 4)).abs().topk(2, -1, largest=False)
+        sparse = pack(dense.unflatten(1, (-1, 4)).scatter(2, least, 0.0).flatten(1).to(SPARSE[grid]))
+        assert sparse is not None, "two of four were made zero"
+        return sparse
     usual, scale_kind, row_kind = KINDS[kind]
     group = usual if group is None else group
     rows, columns = -(-n // PAD_ROWS) * PAD_ROWS, -(-k // PAD_COLUMNS) * PAD_COLUMNS
@@ -77,7 +87,7 @@ def random_weight(
         scale_kind=scale_kind,
         row_kind=row_kind,
         words=integers(-(1 << 31), 1 << 31, shape, torch.int32),
-        bits=integers(-(1 << 15), 1 << 15, shape if grid == "int3" else (0,), torch.int16),
+        bits=integers(-(1 << 15), 1 << 15, shape if grid in THREE_BITS else (0,), torch.int16),
         scale=scale,
         zero=torch.empty(0, dtype=torch.float16, device=device),
         row=row,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from compressor.kernels.gpu.layout import CODES, PAD_COLUMNS, PAD_ROWS
+from compressor.kernels.gpu.layout import CODES, PAD_COLUMNS, PAD_ROWS, THREE_BITS
 from compressor.kernels.gpu.tables import TILES
 
 SMALL_ROWS, LARGE_ROWS = 64, 512
@@ -161,7 +161,7 @@ def fit_groups(tile: Tile, grid: str, group: int, scale_kind: str, scale_matches
     inside = tile.block_k
     while group % inside:
         inside //= 2
-    long_enough = inside // CODES[grid] >= (16 if grid == "int3" else 8)
+    long_enough = inside // CODES[grid] >= (16 if grid in THREE_BITS else 8)
     if not scale_matches or (long_enough and group >= 128 and 2 * tile.block_m <= group):
         return replace(tile, block_k=inside), False
     if tile.block_k % group and group % tile.block_k:

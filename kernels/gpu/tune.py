@@ -20,7 +20,7 @@ import torch
 from compressor.errors import ResourceError
 from compressor.kernels.gpu import tables, tiles
 from compressor.kernels.gpu.aot import ARCHITECTURES, SHARED_LIMIT, Compiled, compile_case, standard_case
-from compressor.kernels.gpu.layout import CODES
+from compressor.kernels.gpu.layout import CODES, THREE_BITS
 from compressor.kernels.gpu.tiles import Tile
 
 BUCKETS = (16, 32, 64, 128)
@@ -42,7 +42,7 @@ def candidates(grid: str, rows: int) -> Iterator[Tile]:
         per_thread = block_n * block_k // (32 * warps)
         words = block_k // CODES[grid]
         # Fewer weights per thread than this leave the loop's own cost showing; more do not fit in registers.
-        if 32 <= per_thread <= 256 and words >= (16 if grid == "int3" else 8):
+        if 32 <= per_thread <= 256 and words >= (16 if grid in THREE_BITS else 8):
             yield Tile(rows, block_n, block_k, warps, 4)
 
 
@@ -50,7 +50,7 @@ def rank(compiled: Compiled, tile: Tile, grid: str) -> float:
     """Return what a compiled tile is expected to cost: instructions per weight, more if memory or schedulers idle."""
     threads = 32 * tile.warps
     programs = max(1, min(SHARED_LIMIT[compiled.arch] // compiled.shared, _REGISTERS // (compiled.registers * threads)))
-    bits = 32 / CODES[grid] + (1 if grid == "int3" else 0)
+    bits = 32 / CODES[grid] + (1 if grid in THREE_BITS else 0)
     in_flight = programs * (tile.stages - 1) * tile.block_n * tile.block_k * bits / 8
     idle = max(1.0, IN_FLIGHT[compiled.arch] / in_flight, MIN_WARPS / (programs * tile.warps))
     return compiled.per_weight * idle

@@ -20,10 +20,12 @@ from compressor.check import check
 from compressor.checkpoint import operands
 from compressor.cli.app import app
 from compressor.errors import CheckpointError, NumericalError, RecipeError
+from compressor.formats.activations import INPUT_FORMATS
 from compressor.formats.float4 import Float4
 from compressor.formats.small_floats import SPLITS
-from compressor.inputs import OPERANDS, RoundFloat
-from compressor.methods.operands import covering, product_error, search_operands
+from compressor.inputs import OPERANDS, Quantize, RoundFloat
+from compressor.inputs.operands import RotateHead
+from compressor.methods.operands import covering, product_error, require_finite, search_operands
 from compressor.report import RunReport
 from compressor.testing import models
 from compressor.testing.checkpoints import edit_tensors
@@ -101,18 +103,54 @@ def test_a_loaded_module_computes_the_formula(tmp_path: Path) -> None:
     assert float((got - plain).norm() / plain.norm()) > 0.01
 
 
-def test_more_bits_of_operands_are_closer(tmp_path: Path) -> None:
+def test_integers_per_token_compute_the_formula(tmp_path: Path) -> None:
+    """Queries and keys turned by a Hadamard matrix and rounded per token and head, values rounded, shares as they are."""
+    model = models.tiny_llama(kv_heads=2)
+    report = run(model, tmp_path, format="int8", attention="int4-token-asym")
+    assert report.verification["ok"]
+    assert not operands_of(tmp_path / "out")
+    assert check(tmp_path / "out", quick=True).ok
+    loaded: Any = compressor.load(tmp_path / "out")
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 7, 16, generator=generator) for heads in (4, 2, 2))
+    k[..., 5] *= 20
+    got, _ = operands.attend(loaded.model.layers[0].self_attn, q, k, v, None)
+    two = torch.tensor([[1.0, 1.0], [1.0, -1.0]])
+    turn = torch.kron(torch.kron(two, two), torch.kron(two, two)) / 4
+    rounding = Quantize(INPUT_FORMATS["int4-token-asym"])
+    expected = torch.zeros(2, 4, 7, 16)
+    for head in range(4):
+        query, key = rounding.apply(q[:, head] @ turn), rounding.apply(k[:, head // 2] @ turn)
+        scores = (query @ key.mT / 4).masked_fill(torch.ones(7, 7, dtype=torch.bool).triu(1), -torch.inf)
+        expected[:, head] = scores.softmax(-1) @ rounding.apply(v[:, head // 2])
+    torch.testing.assert_close(got, expected.transpose(1, 2), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 24, 64, 192, 256])
+def test_rotating_heads_changes_no_product(size: int) -> None:
+    """Also where the size is no power of two, as in heads with a part for rotary embeddings."""
+    q, k = torch.randn(2, 3, 5, size, generator=torch.Generator().manual_seed(size)).double()
+    turned = RotateHead().apply(q), RotateHead().apply(k)
+    torch.testing.assert_close(turned[0] @ turned[1].mT, q @ k.mT, rtol=1e-4, atol=1e-4)
+    spike = torch.zeros(size)
+    spike[0] = 1.0
+    assert int((RotateHead().apply(spike) != 0).sum()) == {1: 1, 24: 8, 64: 64, 192: 64, 256: 128}[size]
+
+
+@pytest.mark.parametrize("kind", ["fpq{}", "int{}-token-asym"])
+def test_more_bits_of_operands_are_closer(kind: str, tmp_path: Path) -> None:
     """Against the model with nothing but its weights in int8; and step by step through a cache as in one go."""
     model = models.tiny_llama(kv_heads=2)
     tokens = models.sample_tokens(model)
     outputs = {}
-    for attention in (None, "fpq4", "fpq8"):
+    few, many = kind.format(4), kind.format(8)
+    for attention in (None, few, many):
         out = tmp_path / str(attention)
         run(model, tmp_path, format="int8", attention=attention, output=out)
         outputs[attention] = states(compressor.load(out), tokens)
-    errors = [float((outputs[name] - outputs[None]).norm()) for name in ("fpq8", "fpq4")]
+    errors = [float((outputs[name] - outputs[None]).norm()) for name in (many, few)]
     assert 0 < errors[0] < 0.5 * errors[1]
-    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "fpq4", dtype=torch.float32)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / few, dtype=torch.float32)
     past, steps = None, []
     with torch.no_grad():
         for position in range(tokens.shape[1]):
@@ -120,7 +158,7 @@ def test_more_bits_of_operands_are_closer(tmp_path: Path) -> None:
             past = step.past_key_values
             steps.append(step.logits)
     # A few roundings of operands may tip over between one product and another.
-    assert float((torch.cat(steps, 1) - outputs["fpq4"]).norm() / outputs["fpq4"].norm()) < 0.02
+    assert float((torch.cat(steps, 1) - outputs[few]).norm() / outputs[few].norm()) < 0.02
 
 
 def test_a_second_run_writes_the_same_operands(tmp_path: Path) -> None:
@@ -148,7 +186,7 @@ def watched(seed: int) -> OperandWatch:
 def test_the_search_never_does_worse_and_mostly_better(bits: int) -> None:
     for seed in range(2):
         watch = watched(seed)
-        start = covering(watch, bits, "here")
+        start = covering(watch, bits)
         found = search_operands(watch, start, Float4(), points=20, rounds=2)
         for (left, right), columns in ((OPERANDS[:2], True), (OPERANDS[2:], False)):
             pairs = []
@@ -163,11 +201,11 @@ def test_the_search_never_does_worse_and_mostly_better(bits: int) -> None:
 
 
 def test_operands_of_no_float_and_damage(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="operands of attention are rounded to fpq4, fpq6, fpq8"):
-        run(models.tiny_bert(), tmp_path, format="int8", attention="int8-token")
+    with pytest.raises(RecipeError, match=r"operands of attention are rounded to int4-token, .*, fpq8"):
+        run(models.tiny_bert(), tmp_path, format="int8", attention="fp8-token")
     with pytest.raises(RecipeError, match=r"format of operands of attention .fpq7.") as refused:
         run(models.tiny_bert(), tmp_path, format="int8", attention="fpq7")
-    assert "int" not in str(refused.value.hint)  # only what operands can be rounded to is suggested
+    assert "power" not in str(refused.value.hint)  # only what operands can be rounded to is suggested
     with pytest.raises(CheckpointError, match="scale 0 and 1 mantissa bits of query"):
         operands.rebuilt("here", torch.tensor([[0.0, 1], [1, 1], [1, 1], [1, 1]]), 4)
     with pytest.raises(CheckpointError, match="5 mantissa bits of value"):
@@ -175,7 +213,7 @@ def test_operands_of_no_float_and_damage(tmp_path: Path) -> None:
     watch = watched(0)
     watch("key", torch.full((1, 2, 3, 8), torch.inf))
     with pytest.raises(NumericalError, match="here: its key operand is not finite"):
-        covering(watch, 4, "here")
+        require_finite(watch, "here")
     ops = [RoundFloat.covering(8, m, torch.tensor([3.0]), False) for m in SPLITS[8][:4]]
     again = operands.rebuilt("here", operands.stored(ops), 8)
     x = torch.randn(5, generator=torch.Generator().manual_seed(0))

@@ -165,7 +165,7 @@ def test_a_fold_that_changes_the_function_stops_the_run(
         plan = make_plan(*args)
         return replace(plan, folds=tuple(replace(fold, **wrong) if fold.bias else fold for fold in plan.folds))
 
-    monkeypatch.setattr("compressor.api.make_plan", mistaken)
+    monkeypatch.setattr("compressor.api.job.make_plan", mistaken)
     with pytest.raises(
         NumericalError, match=r"layers\.0: moving factors between its layers changed its output"
     ) as error:

@@ -17,6 +17,7 @@ from compressor.decision import Outcome, Quantized
 from compressor.errors import RecipeError
 from compressor.methods.base import Block
 from compressor.methods.flexround import FlexRound
+from compressor.recipe import CalibrationSpec, Recipe
 from compressor.report import RunReport
 from compressor.runtime import dequantized
 from compressor.testing import models
@@ -67,7 +68,7 @@ def test_the_block_sees_the_compressed_prefix_and_the_original_target(
         return lambda module, args, output: states.__setitem__(name, output)
 
     handle = model.model.layers[1].register_forward_hook(note("original"))
-    job = api.prepare(api.Recipe(model=str(source), method="flexround", calibration=spec(text)), tmp_path / "other")
+    job = api.prepare(Recipe(model=str(source), method="flexround", calibration=spec(text)), tmp_path / "other")
     tokens = api.calibrate(job).tokens[3:4]
     with torch.no_grad():
         model(tokens)
@@ -113,7 +114,7 @@ def test_blocks_are_learned_with_inputs_rounded_as_the_result_rounds_them(
     monkeypatch.setattr(FlexRound, "solve_block", watch)
     source, text = save_checkpoint(build(), tmp_path / "source"), write_text(tmp_path / "text.txt")
     run(source, tmp_path / "out", text, format="int8", inputs=inputs, group_size=32, options={"iters": 2})
-    job = api.prepare(api.Recipe(model=str(source), method="flexround", calibration=spec(text)), tmp_path / "other")
+    job = api.prepare(Recipe(model=str(source), method="flexround", calibration=spec(text)), tmp_path / "other")
     tokens = api.calibrate(job).tokens[1:2]
     loaded, seen = compressor.load(tmp_path / "out"), list[torch.Tensor]()
     for layer in loaded.model.layers:
@@ -164,7 +165,7 @@ def test_windows_that_do_not_divide_samples_are_refused(tmp_path: Path) -> None:
 
 
 def spec(text: Path) -> Any:
-    return api.CalibrationSpec(data=str(text), n_samples=6, seq_len=32)
+    return CalibrationSpec(data=str(text), n_samples=6, seq_len=32)
 
 
 def test_experts_are_learned_in_their_stack(tmp_path: Path) -> None:

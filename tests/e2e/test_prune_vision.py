@@ -157,6 +157,30 @@ def test_stopped_training_continues(tmp_path: Path, digits: str) -> None:
     assert same[0] == same[1]
 
 
+def test_training_before_the_cut_is_resumed_and_reported(tmp_path: Path, digits: str) -> None:
+    model = saved("resnet", tmp_path)
+    settings = {"data": digits, "sparsity": 0.5, "method": "l1", "options": {"sparse_epochs": 2}}
+
+    class Stop:
+        def __getattr__(self, name: str) -> object:
+            return lambda *_: None
+
+        def stage(self, name: str) -> None:
+            if name.startswith("before the cut, epoch 1/"):
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prune(model, output=tmp_path / "stopped", progress=Stop(), **settings)  # type: ignore[arg-type]
+    again = prune(model, output=tmp_path / "stopped", **settings)  # type: ignore[arg-type]
+    whole = prune(model, output=tmp_path / "whole", **settings)  # type: ignore[arg-type]
+    same = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("stopped", "whole")]
+    assert same[0] == same[1]
+    assert again.sparse == whole.sparse
+    assert len(whole.sparse["history"]) == 2
+    assert whole.sparse["going"][1] < 0.1 * whole.sparse["going"][0]
+    assert whole.measured["sparse"]["macs"] == whole.measured["before"]["macs"] > whole.measured["pruned"]["macs"]
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import compressor.api
+import compressor.api.execution
 import compressor.verify
 from compressor.engine import Engine
 from compressor.errors import NumericalError
@@ -165,7 +165,7 @@ def test_formats_for_a_number_of_bits_are_chosen_in_one_process(case: Case, tmp_
 def test_processes_must_be_about_to_do_the_same(case: Case, tmp_path: Path) -> None:
     def other(rank: int) -> None:
         if rank == 1:
-            compressor.api.versions = lambda: {"torch": "0.1"}
+            compressor.api.execution.versions = lambda: {"torch": "0.1"}
 
     ended = finish(start(2, [case.command("rtn", tmp_path / "out")], before=other))
     assert {end.code for end in ended} == {4}

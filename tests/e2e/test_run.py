@@ -75,7 +75,7 @@ def test_steps_resume_and_verdict(shared: Path, tmp_path: Path, monkeypatch: pyt
         raise AssertionError("computed again")
 
     with monkeypatch.context() as patched:
-        patched.setattr("compressor.api.Engine", engine)
+        patched.setattr("compressor.api.execution.Engine", engine)
         patched.setattr("compressor.measure.evaluate", engine)
         again = run_pipeline(pipeline)
     assert kept(again) == [True, True, False]

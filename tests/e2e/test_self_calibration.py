@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 import compressor
-from compressor.api import GENERATED_AT_ONCE
+from compressor.api.calibrating import GENERATED_AT_ONCE
 from compressor.testing.models import tiny_llama
 from compressor.testing.tools import save_checkpoint, tree_hash
 

@@ -49,7 +49,7 @@ def test_statistics_come_from_the_stream_the_method_asked_for(
 ) -> None:
     watcher = Watcher()
     monkeypatch.setattr(Watcher, "stream", stream)
-    monkeypatch.setattr("compressor.api.get_method", lambda name, options: watcher)
+    monkeypatch.setattr("compressor.api.job.get_method", lambda name, options: watcher)
     monkeypatch.setattr("compressor.planner.get_method", lambda name, options: watcher)
     model = models.tiny_llama(layers=3, kv_heads=2)
     source, text = save_checkpoint(model, tmp_path / "source"), write_text(tmp_path / "text.txt")

@@ -13,6 +13,7 @@ from compressor.kernels.gpu.aot import (
     compile_case,
     compile_int,
     compile_quantize,
+    compile_rotate,
     compile_unpack,
     standard_case,
 )
@@ -29,6 +30,10 @@ CEILINGS = {
     ("int2", "group"): 2.6,
     ("int3", "group"): 4.2,
     ("int8", "channel"): 3.5,
+    ("table2bit", "group"): 4.0,
+    ("table2bit", "channel"): 4.0,
+    ("table3bit", "group"): 4.0,
+    ("table3bit", "channel"): 4.0,
     ("table8", "group"): 3.6,
     ("table8", "channel"): 3.6,
     ("table16", "channel"): 4.0,
@@ -142,6 +147,26 @@ def test_rounding_inputs_reads_and_writes_wide(treated: bool) -> None:
     names = [text.split()[0 if not text.startswith("@") else 1] for text in compiled.instructions]
     assert any(name.startswith("STG") and (".64" in name or ".128" in name) for name in names)
     assert treated or not any(name.startswith("LDG") and ".U16" in name for name in names)
+
+
+def check_rotation(compiled: Compiled) -> None:
+    assert compiled.spills == 0
+    assert compiled.registers <= 255
+    assert compiled.matrix == {"HMMA"}  # sixteen rows are too few for newer instructions
+    # The matrix is loaded once, inputs one by one, as their order has it: 16 rows times 128 columns for 128 threads.
+    assert sum(".U16" in name for name in compiled.global_loads) <= compiled.weights_per_lane
+    assert any(text.startswith(("STG.E.128", "@P")) and "STG.E.128" in text for text in compiled.instructions)
+
+
+def test_turning_inputs_uses_the_matrix_unit() -> None:
+    check_rotation(compile_rotate(90, 128, split=4))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(("size", "split"), [(16, 4), (64, 4), (128, 1), (128, 4)])
+def test_every_rotation(arch: int, size: int, split: int) -> None:
+    check_rotation(compile_rotate(arch, size, split, symmetric=split == 1))
 
 
 @pytest.mark.slow

@@ -65,12 +65,12 @@ def test_the_operator_passes_opcheck_and_has_a_fake() -> None:
     layer = fp8.prepare(packed, fmt, (quantizer("fp8-token"),))
     x = torch.randn(3, 64, generator=generator()).bfloat16()
     torch.library.opcheck(
-        fp8.fp8_linear, (x, layer.weight.view(torch.uint8), layer.scale, None, *layer.rounding.tensors, 1.0)
+        fp8.fp8_linear, (x, layer.weight.view(torch.uint8), layer.scale, None, *layer.rounding.tensors, None, 1.0)
     )
     with FakeTensorMode():
         there = (torch.empty(32, 64, dtype=torch.uint8, device="cuda"), torch.empty(32, device="cuda"))
         rest = [torch.empty(0, device="cuda")] * 4
-        out = fp8.fp8_linear(torch.empty(2, 3, 64, device="cuda").bfloat16(), *there, None, *rest, 1.0)
+        out = fp8.fp8_linear(torch.empty(2, 3, 64, device="cuda").bfloat16(), *there, None, *rest, None, 1.0)
         assert (out.shape, out.dtype, out.device.type) == ((2, 3, 32), torch.bfloat16, "cuda")
     with pytest.raises(UnsupportedError, match="63 columns"):
         layer.linear(x[:, :63], None, torch.bfloat16)

@@ -56,6 +56,10 @@ TABLES = [
     ("power3:0.1", None, "float32"),
     ("codebook4", 64, "float32"),
     ("codebook4:skewed", None, "float32"),
+    ("power3", 128, "bfloat16"),
+    ("power2:0.3", None, "bfloat16"),
+    ("codebook3:skewed", 64, "float32"),
+    ("codebook2", 128, "float32"),
 ]
 
 
@@ -78,6 +82,20 @@ def test_integers_are_exact(name: str, group: int | None, inputs: str) -> None:
     for m, n, k in ((1, 256, 512), (16, 200, 1152), (70, 1000, 1024), (300, 320, 4096)):
         for treated in (False, True):
             case = IntCase(name, group, inputs, m, n, k, "bfloat16", treated)
+            result = int_kernels.check(case, "cuda")
+            assert result.weights_exact
+            assert result.error < 1e-6
+            assert result.clean
+            assert result.repeatable
+
+
+@pytest.mark.parametrize("size", [16, 128])
+@pytest.mark.parametrize("inputs", ["int8-token", "int4-token-asym"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_inputs_are_turned_where_they_are_rounded(dtype: str, inputs: str, size: int) -> None:
+    for m, k in ((1, 4096), (16, 1152), (70, 128), (5000, 1024)):
+        for x in ("normal", "nan"):
+            case = IntCase("int8-bytes", None, inputs, m, 64, k, dtype, treated=m == 16, rotated=size, x=x)
             result = int_kernels.check(case, "cuda")
             assert result.weights_exact
             assert result.error < 1e-6

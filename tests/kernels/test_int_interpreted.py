@@ -38,6 +38,28 @@ def test_kernels_equal_exact_products(interpreter: Interpreter, case: IntCase) -
     assert result.repeatable
 
 
+ROTATED = [
+    *(IntCase("int8-bytes", None, inputs, 5, 40, 256, rotated=128) for inputs in INPUTS[:3]),
+    IntCase("int4", None, "int4-token-asym", 17, 24, 384, treated=True, rotated=128),
+    IntCase("int8-bytes", None, "int8-token-asym", 3, 24, 192, treated=True, rotated=64, bias=True),
+    IntCase("int8-bytes", None, "int8-token", 3, 24, 144, rotated=16, x="outliers"),
+    IntCase("int8-bytes", None, "int8-token-asym", 3, 24, 128, rotated=128),  # one program per tile
+    IntCase("int8-bytes", None, "int8-token", 3, 24, 128, "float32", treated=True, rotated=32),
+    IntCase("int8-bytes", None, "int8-token-asym", 4, 24, 128, x="nan", rotated=32),
+    IntCase("int8-bytes", None, "int8-token", 4, 24, 128, x="zeros", rotated=32),
+]
+
+
+@pytest.mark.parametrize("case", ROTATED, ids=str)
+def test_rotations_run_in_the_kernel_that_rounds(interpreter: Interpreter, case: IntCase) -> None:
+    result = interpreter.check(case)
+    assert result.weights_exact  # codes, scales and zero points of inputs, but for rounding boundaries
+    assert result.error < 1e-6
+    assert result.worst_row < 1e-6
+    assert result.clean
+    assert result.repeatable
+
+
 FLOATS = [
     *(
         IntCase("fp8", None, "fp8-token", 5, 48, 208, dtype, x=x)
@@ -47,6 +69,7 @@ FLOATS = [
     IntCase("fp8-tensor", None, "fp8-tensor", 5, 48, 208),
     IntCase("fp8", None, "fp8-token", 4, 16, 64, "float16", treated=True),
     *(IntCase("fp8", None, "fp8-token", 4, 16, 64, x=x) for x in ("zeros", "nan")),
+    IntCase("fp8", None, "fp8-token", 5, 16, 128, treated=True, rotated=64),
 ]
 
 

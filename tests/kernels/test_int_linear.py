@@ -125,6 +125,35 @@ def test_what_no_kernel_does_runs_before() -> None:
     assert rounding.kind_of((rotate,)) == rounding.kind_of(()) == ""
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_rotation_of_fitting_size_runs_in_the_kernel_that_rounds(dtype: torch.dtype) -> None:
+    k = 64
+    first, second = (
+        Rotate(torch.linalg.qr(torch.randn(32, 32, generator=generator(seed)))[0].half(), second=seed == 9, half=True)
+        for seed in (8, 9)
+    )
+    ops = (first, Permute(torch.randperm(k, generator=generator(3))), second, quantizer("int4-token-asym", 0.9))
+    before, end = fused(ops, CPU, rotations=True)
+    assert before == (first,)
+    assert end.matrix is second.matrix
+    assert end.order.numel() == k
+    x = activations(7, k, dtype)
+    codes, scale, zero = codes_of(apply_ops(before, x), end)
+    assert torch.equal(((codes - zero[:, None]) * scale[:, None]).to(dtype), apply_ops(ops, x))
+    assert fused(ops, CPU)[0] == ops[:-1]  # kernels that turn nothing
+    small = Rotate(torch.eye(8))
+    assert fused((small, ops[-1]), CPU, rotations=True)[0] == (small,)
+    packed, fmt, _ = packed_of("int8-bytes", None, 24, k)
+    layer = int_kernel.prepare(packed, fmt, ops)
+    assert layer.before == (first,)
+    expected = apply_ops(ops, x).double() @ layer.dequantize(torch.float64).T
+    found = layer.linear(x, None, dtype).double()
+    assert (found - expected).norm() / expected.norm() < (1e-6 if dtype == torch.float32 else 4e-3)
+    torch.library.opcheck(
+        int_ops.int_linear, arguments(apply_ops(before, x), int_weight.prepare(packed, fmt), end, None)
+    )
+
+
 def test_nan_in_a_row_makes_the_row_nan_and_no_other() -> None:
     packed, fmt, _ = packed_of("int8-bytes", None, 8, 32)
     x = activations(3, 32, torch.float32)
@@ -150,7 +179,7 @@ def test_the_operator_equals_the_simulation(name: str, weight: str, group: int |
 
 def arguments(x: Tensor, w: IntWeight, end: rounding.Rounding, bias: Tensor | None) -> tuple[object, ...]:
     kinds = (w.bits, *w.shape, w.group, end.bits, end.symmetric, end.clip)
-    return (x, *w.tensors, bias, *end.tensors, *kinds)
+    return (x, *w.tensors, bias, *end.tensors, end.matrix, *kinds)
 
 
 def test_the_operator_passes_opcheck_and_has_a_fake() -> None:

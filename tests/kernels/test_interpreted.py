@@ -36,6 +36,8 @@ TABLES = [
     ("codebook4", 128, "float32"),
     ("codebook3:skewed", None, "float32"),
     ("codebook4:skewed", 64, "float32"),
+    ("power3", 64, "bfloat16"),
+    ("codebook2", None, "float32"),
 ]
 """Formats whose codes index a table, with the dtype of scales; entries are rounded to the dtype of activations."""
 SMALL = (16, 64, 128, 4, 3)

@@ -15,6 +15,7 @@ from compressor.kernels.gpu.layout import (
     PAD_COLUMNS,
     PAD_ROWS,
     TABLES,
+    THREE_BITS,
     chunked,
     code_bits,
     constants,
@@ -28,6 +29,7 @@ from compressor.kernels.gpu.prepare import decode, prepare, restore
 from compressor.testing.kernels import KernelCase, build_weight
 
 BITS = {"int2": 2, "int3": 3, "int4": 4, "int8": 8, "e2m1": 4, "e3m0": 4, "table8": 4, "table16": 4}
+BITS |= {"table2bit": 2, "table3bit": 3}
 WEIGHTS = [
     *(
         (f"int{bits}{sign}", group)
@@ -66,7 +68,14 @@ def test_words_unpack_to_what_was_packed(grid: str, shape: tuple[int, int]) -> N
 def test_every_bit_has_its_own_place_where_instructions_read_it(grid: str) -> None:
     places = code_bits(grid)
     every = [place for code in places for place in code]
-    assert sorted(every) == list(range(48 if grid == "int3" else 32))
+    assert sorted(every) == list(range(48 if grid in THREE_BITS else 32))
+    if grid == "table2bit":
+        assert all(place // 4 == code % 8 for code in range(16) for place in places[code])
+        return
+    if grid == "table3bit":
+        assert [code[0] for code in places[:12]] == [4 * j for j in range(12)]
+        assert all(place % 4 == 3 for code in places[12:] for place in code)
+        return
     if grid in TABLES:
         assert [code[:3] for code in places] == [(4 * j, 4 * j + 1, 4 * j + 2) for j in range(8)]
         assert [code[3] for code in places] == [7, 15, 23, 31, 3, 11, 19, 27]
@@ -92,7 +101,7 @@ def test_rows_and_columns_can_be_sliced(grid: str) -> None:
     part, part_bits = pack_words(codes[64:, 128:384], grid)
     cut = slice(128 // CODES[grid], 384 // CODES[grid])
     assert torch.equal(words[64:, cut], part)
-    if grid == "int3":
+    if grid in THREE_BITS:
         assert torch.equal(bits[64:, cut], part_bits)
 
 
@@ -117,6 +126,14 @@ def test_prepared_weights_decode_and_restore_exactly(name: str, group: int | Non
     for suffix, tensor in packed.tensors.items():
         assert back.tensors[suffix].dtype == tensor.dtype
         assert torch.equal(raw(back.tensors[suffix]), raw(tensor)), suffix
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_tables_take_no_more_bits_than_their_codes(bits: int) -> None:
+    for name in (f"power{bits}", f"codebook{bits}"):
+        packed, fmt, _ = build_weight(KernelCase(name, 64, 0, 64, 256, "bfloat16"), torch.Generator().manual_seed(5))
+        weight = prepare(packed, fmt)
+        assert 8 * (weight.words.nbytes + weight.bits.nbytes) == bits * 64 * 256
 
 
 def test_mxfp4_rows_of_very_different_scales() -> None:

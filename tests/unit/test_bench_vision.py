@@ -14,6 +14,7 @@ from compressor.evals.bench.vision import is_vision, read_vision_table, render_v
 from compressor.testing.images import rare_digits
 from compressor.vision import experiment
 from compressor.vision.experiment import Experiment, run
+from compressor.vision_trial import rounded
 
 
 def table(folder: Path, **changes: object) -> Path:
@@ -45,8 +46,9 @@ def in_process(folder: Path, step: str, command: list[str], *rest: object) -> ob
     """Stand in for a step's process: the program itself, without starting an interpreter."""
     from compressor.evals.bench.steps import Cost
 
-    assert command[1:3] == ["-m", "compressor.vision.experiment"]
-    assert experiment.main(command[3:]) == 0
+    programs = {"compressor.vision.experiment": None, "compressor.vision_trial": rounded}
+    assert command[1] == "-m"
+    assert experiment.main(command[3:], programs[command[2]]) == 0
     return Cost(60.0, 30.0, 10**9)
 
 
@@ -89,9 +91,47 @@ def test_stopped_seed_continues_with_the_next_arm(tmp_path: Path) -> None:
     assert [line.partition(" ")[0] for line in lines] == ["ours"]
 
 
+def test_roundings_of_the_original_and_of_what_was_cut(tmp_path: Path) -> None:
+    ways = [
+        {"name": "eight", "method": "rtn", "format": "int8"},
+        {"name": "two", "method": "rtn", "format": "int2"},
+        {"name": "learned", "method": "flexround", "format": "int4", "options": {"iters": 1}, "n_samples": 2},
+    ]
+    arms = [{"name": "l1", "method": "l1"}]
+    wanted = read_vision_table(table(tmp_path, arms=arms, roundings=ways[:2], formats=[]))
+    path, settings = tmp_path / "table.yaml", Settings(tmp_path, tmp_path / "work", tmp_path / "results" / "table")
+    plain = read_vision_table(table(tmp_path, arms=arms, formats=[]))
+    assert "roundings" not in plain.spec(0, "")  # what earlier tables have made stays theirs
+    assert plain.folder(0) == wanted.folder(0)
+    table(tmp_path, arms=arms, roundings=ways[:2], formats=[])
+    run_vision_table(path, settings)
+    trained = next((tmp_path / "work").glob("seed-0-*/networks/original/model.safetensors")).stat().st_mtime_ns
+    table(tmp_path, arms=arms, roundings=ways, formats=[])  # one more way: the others are not made again
+    run_vision_table(path, settings)
+    assert trained == next((tmp_path / "work").glob("seed-0-*/networks/original/model.safetensors")).stat().st_mtime_ns
+    page = render_vision(path)
+    assert "| original | learned | int4 |" in page
+    assert "| l1, 50% | two | int2 |" in page
+    key = read_vision_table(path).key(0)
+    found = json.loads((tmp_path / "results" / "table" / f"{key}.json").read_text())["result"]["roundings"]
+    assert [(one["network"], one["rounding"]["name"]) for one in found] == [
+        (network, way["name"]) for network in ("original", "l1, 50%") for way in ways
+    ]
+    sizes = {(one["network"], one["rounding"]["name"]): one["bytes"] for one in found}
+    assert sizes["original", "two"] < sizes["original", "learned"] < sizes["original", "eight"]
+    assert all(sizes["l1, 50%", way["name"]] < sizes["original", way["name"]] for way in ways)
+
+
+def test_roundings_need_the_program_that_has_the_methods(tmp_path: Path) -> None:
+    spec = read_vision_table(table(tmp_path, roundings=[{"name": "a", "method": "rtn", "format": "int8"}]))
+    with pytest.raises(RecipeError, match="1 roundings"):
+        run(Experiment.model_validate(spec.spec(0, "digits.npz")), tmp_path / "result.json")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"roundings": [{"name": "a", "method": "rtn", "format": "int8"}] * 2}, "roundings are a, a"),
         ({"against": "nothing"}, "against is 'nothing'"),
         ({"arms": [{"name": "l1", "method": "l1"}] * 2}, "arms are l1, l1"),
         ({"seeds": 1}, "seeds"),
@@ -115,4 +155,5 @@ def test_the_projects_own_tables_are_sound() -> None:
     for path in own:
         found = read_vision_table(path)
         assert found.seeds >= 5
-        assert {"random", "l1"} <= {arm.name for arm in found.arms}
+        if path.stem in ("vision-cells", "vision-cifar"):  # the others are about something else
+            assert {"random", "l1"} <= {arm.name for arm in found.arms}

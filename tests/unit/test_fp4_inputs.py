@@ -126,6 +126,20 @@ def spread(seed: int) -> tuple[Tensor, Tensor]:
     return torch.randn(48, 64, generator=generator), x
 
 
+@pytest.mark.parametrize("offsets", [True, False])
+def test_steps_left_out_would_have_changed_nothing(offsets: bool) -> None:
+    for seed in range(3):
+        w, x = spread(seed)
+        found = search(w, x, offsets, Float4(), points=10, rounds=4)
+        whole = JointSearch(w, x, x.abs().amax(0), Float4(), 4, offsets, 10, Float4().fit(w))
+        for _ in range(4):
+            whole._weights_met = whole._inputs_met = None
+            whole.run(1)
+        assert found.errors == whole.errors
+        assert torch.equal(found.q.scale, whole.q.scale)
+        assert torch.equal(found.op.apply(x), whole.op.apply(x))
+
+
 def test_errors_never_grow_and_offsets_pay() -> None:
     for seed in range(3):
         w, x = spread(seed)

@@ -24,7 +24,7 @@ LAYERS = [
     },
     {"planner", "engine", "estimate", "measure", "inspection", "vision", "bits"},
     {"api", "check", "structured"},
-    {"pruner", "pages"},
+    {"pruner", "pages", "vision_trial"},
     {"ship"},
     {"cli"},
     {"__main__"},

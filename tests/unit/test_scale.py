@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 import compressor
-import compressor.api
 import compressor.verify
 from compressor.checkpoint.source import Source
 from compressor.errors import RecipeError, ResourceError
