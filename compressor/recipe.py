@@ -85,8 +85,8 @@ class Recipe(BaseModel):
     )
     batch_norm: Literal["correct", "reestimate"] | None = Field(
         default=None,
-        description="running statistics of batch normalization behind rounded convolutions: moved by what changed on "
-        "calibration images, or computed from them anew; None: left",
+        description="running statistics of batch normalization behind rounded convolutions: fitted to what the "
+        "original's gives on calibration images, or computed from these anew; None: left",
     )
     calibration: CalibrationSpec = Field(default_factory=CalibrationSpec)
     seed: int = Field(0, ge=0, le=2**63 - 1, description="seed of everything random")

@@ -18,7 +18,7 @@ from torch import Tensor
 from compressor.errors import RecipeError, UnsupportedError
 from compressor.formats.base import PackedTensor, QuantFormat, group_setting
 from compressor.inputs import InputOp
-from compressor.kernels.cpu import integers, table
+from compressor.kernels.cpu import integers, numbers, table
 from compressor.kernels.cpu import kernel as cpu
 from compressor.kernels.cpu.integers import IntegerLinear
 from compressor.kernels.gpu import fp8, int_kernel, rounding
@@ -117,6 +117,7 @@ KERNELS: tuple[Kernel, ...] = (
     Kernel(triton.TRITON, triton.accepts, triton.run, triton.prepare),
     Kernel("cpu-packed", cpu.accepts_few, cpu.run, cpu.prepare),
     Kernel("cpu-decode", cpu.accepts, cpu.run_decoded, cpu.prepare_decoded),
+    Kernel("cpu-numbers", numbers.accepts, numbers.run, numbers.prepare),
     Kernel("cpu-table", table.accepts, table.run, table.prepare),
     Kernel("reference", _accepts_all, packed_linear),
 )
@@ -190,6 +191,30 @@ def prepare(
     if kernel.prepare_rounded is not None:
         return kernel.prepare_rounded(packed, fmt, inputs)
     return None if kernel.prepare is None else kernel.prepare(packed, fmt)
+
+
+def prepare_pruned(weight: Tensor) -> triton.PrunedWeight | None:
+    """Lay a dense weight out for a kernel that reads only what is left of it, where it is.
+
+    Args:
+        weight: `[out, in]`. That at least two of every four neighbours in a row are zero is checked, not assumed.
+
+    Returns:
+        None if it is not so, or nothing here gains by it: then it is multiplied as it is.
+
+    Raises:
+        RecipeError: `COMPRESS_KERNEL` names no kernel.
+    """
+    n, k = weight.shape
+    capability = torch.cuda.get_device_capability(weight.device) if weight.is_cuda else (0, 0)
+    problem = Problem("linear", "2:4", 1, n, k, 0, weight.dtype, weight.device.type, capability)
+    forced = os.environ.get(ENV, "")
+    if forced and forced not in (kernel.name for kernel in KERNELS):
+        choose(problem, KERNELS, forced)
+    prepared = triton.prepare_pruned(problem, weight) if forced in ("", triton.TRITON) else None
+    if prepared is not None:
+        _log_choice(triton.TRITON, "linear", "2:4", n, k, 0, weight.device.type)
+    return prepared
 
 
 def linear(x: Tensor, packed: PackedTensor, fmt: QuantFormat, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -79,8 +79,8 @@ def quantize(
         kv_cache: Store scales for an FP8 key/value cache.
         attention: What queries, keys and values are rounded to (`"fpq8"`, `"int4-token-asym"`, ...); see
             `docs/activations.md`.
-        batch_norm: Running statistics behind rounded convolutions: `correct` moves them by what changed on calibration
-            images, `reestimate` computes them from these anew; None leaves them.
+        batch_norm: Running statistics behind rounded convolutions: `correct` fits them to what the original's
+            normalization gives on calibration images, `reestimate` computes them from these anew; None leaves them.
         target_bits: Choose every layer's format so that so many bits are stored per weight; see `docs/moe.md`.
         menu: Formats to choose from; none for int2, int3, int4, int6 and int8 (by rule: int2 and int4).
         bits_by: `measured`, or rules in order: `attention`, `shared`, `first`, `outliers`, `importance`.

@@ -80,8 +80,7 @@ class BlockRunner:
         # Fixed here: whatever runs through the block from now on is no calibration data.
         for seen in ranges.values():
             seen.join(parts.ranks)
-        corrects = parts.plan.batch_norm == "correct"
-        original = batch_norm.original_moments(parts, index, before.streams) if corrects else None
+        original = batch_norm.original_state(parts, index) if parts.plan.batch_norm == "correct" else None
         scales = {name: seen.scales(name, DTYPES[parts.plan.default_dtype]) for name, seen in ranges.items()}
         folded = self._fold(index, before, recording, capture, tensors)
         rounding = InputRounding(parts.skeleton, layers, DTYPES[parts.plan.default_dtype])

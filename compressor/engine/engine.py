@@ -100,7 +100,8 @@ class Engine:
             carried = tuple(name for name in (FP, COMPRESSED) if name in {*carried, *wanted_streams})
         hidden = self.work / "hidden"
         widest = max((fmt.bits for fmt in self._formats.values()), default=0)
-        context = precision.products(self.device, widest)
+        # Statistics that are stored are those of exact products.
+        context = nullcontext() if plan.batch_norm else precision.products(self.device, widest)
         pieces = 1
         if tokens is not None and isinstance(options := getattr(method, "options", None), LearningOptions):
             if tokens.is_floating_point():

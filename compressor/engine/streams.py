@@ -111,12 +111,12 @@ class Streams:
                 self.run(index, self.stores[name].read(before[name], sample))
         self._top_up(index, name, before, capture)
 
-    def watch(self, index: int, before: Mapping[str, Boundary], name: str = COMPRESSED) -> None:
-        """Run every sample of a stream through the block as it now is, for others to look on."""
+    def watch(self, index: int, before: Mapping[str, Boundary]) -> None:
+        """Run every sample behind the compressed prefix through the block as it now is, for others to look on."""
         with torch.no_grad():
             for sample in range(self.n_samples):
                 with self.products:
-                    self.run(index, self.stores[name].read(before[name], sample))
+                    self.run(index, self.stores[COMPRESSED].read(before[COMPRESSED], sample))
 
     def run(self, index: int, hidden: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """Run block `index` on one sample; see `BlockSequence.run`."""

@@ -61,8 +61,8 @@ class Pow2:
 
     def apply(self, x: Tensor) -> Tensor:
         """Return `x * 2**k`."""
-        result: Tensor = torch.ldexp(x, self.k.to(torch.int32))
-        return result.to(x.dtype)
+        factor = torch.ldexp(torch.ones_like(self.k, dtype=torch.float32), self.k.int())  # [in], exact
+        return (x * factor).to(x.dtype)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the exponents."""

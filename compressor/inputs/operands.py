@@ -56,7 +56,7 @@ def hadamard(size: int, device: torch.device) -> Tensor:
     matrix = torch.ones(1, 1)
     while len(matrix) < size:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
-    return (matrix / size**0.5).to(device)
+    return matrix.mul_(size**-0.5).to(device)
 
 
 def integer_operands(fmt: InputFormat) -> Mapping[str, tuple[InputOp, ...]]:

@@ -28,10 +28,12 @@ from compressor.formats.native import NativeSchemes
 from compressor.formats.schemes import Schemes
 from compressor.inputs import InputOp
 from compressor.kernels import dispatch
+from compressor.kernels.gpu.kernel import TRITON
 from compressor.runtime.convolution import PackedConv2d
 from compressor.runtime.embedding import PackedEmbedding, tie_heads
 from compressor.runtime.layout import Layout, PackedWeight, read_layout
 from compressor.runtime.modules import PackedExperts, PackedLinear
+from compressor.runtime.pruned import PrunedLinear, leave_out_zeros
 from compressor.runtime.stored import assemble, assemble_inputs, open_checkpoint
 from compressor.stacks import refuse_stack
 
@@ -96,7 +98,8 @@ def execution_path(model: nn.Module, m: int = 1) -> str:
     layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
     dtype = str(layers[0].dtype if layers else next(model.parameters()).dtype).removeprefix("torch.")
     if not layers:
-        return f"dense-{dtype}"
+        pruned = any(isinstance(module, PrunedLinear) and module.is_packed for module in model.modules())
+        return f"{TRITON}-{dtype} (2:4)" if pruned else f"dense-{dtype}"
     kernels, formats, inputs = set(), set(), set()
     for layer in layers:
         decoded = isinstance(layer, PackedConv2d | PackedEmbedding)
@@ -248,6 +251,7 @@ def _finish(model: PreTrainedModel, path: Path, device: torch.device) -> PreTrai
     for module in model.modules():
         if isinstance(module, PackedLinear):
             module.prepare()
+    leave_out_zeros(model)
     return model
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
+import shutil
 import statistics
 import sys
 import tempfile
@@ -134,6 +135,11 @@ class VisionTable(_Strict):
         """Return the name of a seed's work folder: ways that are added or changed find what the others have made."""
         rest = {key: value for key, value in self.spec(seed, self.sha256).items() if key not in ("arms", "roundings")}
         return f"seed-{seed}-{hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:DIGEST_CHARS]}"
+
+    def original(self, seed: int) -> str:
+        """Return the name of the file with the trained original, which tables that train alike share."""
+        what = [self.sha256, self.model, self.training, seed, version("torch"), version("transformers")]
+        return f"{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:DIGEST_CHARS]}.safetensors"
 
     def digest(self, seed: int) -> str:
         """Return the hex SHA-256 of all that a seed's result depends on."""
@@ -264,6 +270,8 @@ def progress_of(path: Path) -> tuple[str, int, int, int]:
 
 def _make(table: VisionTable, seed: int, data: Path, folder: Path, around: Surroundings) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
+    mine, shared = folder / "result.safetensors", folder.parent.parent / "originals" / table.original(seed)
+    _copy(shared, mine)
     save(folder / "spec.json", json.dumps(table.spec(seed, str(data)), indent=2))
     program = ROUNDING_PROGRAM if table.roundings else PROGRAM
     command = [sys.executable, "-m", program, str(folder / "spec.json"), str(folder / "result.json")]
@@ -281,9 +289,19 @@ def _make(table: VisionTable, seed: int, data: Path, folder: Path, around: Surro
     try:
         record["cost"] = asdict(run_step(folder, "experiment", command, request, around))
         record["result"] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        _copy(mine, shared)
     except CompressorError as error:
         record["error"] = around.scrub(" ".join(str(error).split()))
     return record
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a file that is there to where there is none yet, whole or not at all."""
+    if source.is_file() and not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_name(f".{target.name}.part")
+        shutil.copyfile(source, part)
+        part.replace(target)
 
 
 def _setting(table: VisionTable, done: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from compressor.kernels.gpu.layout import CODES, TABLE_WORDS, TABLES, THREE_BITS
+from compressor.kernels.gpu.layout import CODES, SPARSE, TABLE_WORDS, TABLES, THREE_BITS
 
 LAYERS: dict[str, tuple[int, int]] = {
     "7B qkv": (12288, 4096),
@@ -34,7 +34,7 @@ class Row:
         kind: See `samples.KINDS`.
         group: Columns per scale; 0 for whole rows.
         scale_bytes: Bytes of one scale.
-        stored: Name and group size of the format on disk.
+        stored: Name and group size of the format on disk; `bf16` for dense weights.
         inputs: What inputs are rounded to before an integer product; empty for products with weights alone.
         experts: Experts of a layer, of which every row of activations goes to `PER_TOKEN`; 0 for plain layers.
     """
@@ -61,12 +61,12 @@ class Row:
         return self.weight_bytes(n, k) * (min(self.experts, m * PER_TOKEN) if self.experts else 1)
 
     def _code_bytes(self, n: int, k: int) -> int:
-        codes = n * k * (3 if self.grid in THREE_BITS else 32 // CODES[self.grid]) // 8
+        codes = n * k * (3 if self.grid in THREE_BITS else 9 if self.grid in SPARSE else 32 // CODES[self.grid]) // 8
         return codes + (n * k // self.group * self.scale_bytes if self.group else 0) + (4 * n if self._has_rows else 0)
 
     @property
     def _has_rows(self) -> bool:
-        return self.kind != "group"
+        return self.kind not in ("group", "dense")
 
 
 FORMATS: tuple[Row, ...] = (
@@ -89,6 +89,7 @@ FORMATS: tuple[Row, ...] = (
     Row("int4 x int8", "int4", "channel", 0, 4, ("int4", None), "int8-token"),
     Row("int4 g128 x int8", "int4", "group", 128, 4, ("int4", 128), "int8-token"),
     Row("int8 channel", "int8", "channel", 0, 0, ("int8", None)),
+    Row("bf16 2:4", "bfloat16-2of4", "dense", 0, 0, ("bf16", None)),
 )
 
 

@@ -92,7 +92,7 @@ class IntegerLinear:
     def restore(self) -> PackedTensor:
         """Return the weight as it lies on disk."""
         assert isinstance(self.fmt, IntFormat)
-        codes = (self.numbers.to(torch.int16) + self.fmt.zero_code).to(torch.uint8)
+        codes = self.numbers.view(torch.uint8).add(self.fmt.zero_code)
         return self.fmt.pack(codes, QParams(self.scale[:1] if self.fmt.per_tensor else self.scale[:, None]))
 
     def _takes_few(self, dtype: torch.dtype) -> bool:
@@ -140,7 +140,7 @@ def prepare(packed: PackedTensor, fmt: QuantFormat, inputs: Sequence[InputOp]) -
     codes, q = fmt.unpack(packed)
     if not isinstance(fmt, IntFormat) or not fmt.symmetric or q.scale.numel() not in (1, len(codes)):
         raise UnsupportedError(f"{fmt.name}: no symmetric integers with one scale per output", "use the reference")
-    numbers = (codes.to(torch.int16) - fmt.zero_code).to(torch.int8)  # [n, k]
+    numbers = codes.sub(fmt.zero_code).view(torch.int8)  # [n, k]; bytes wrap around
     scale = q.scale.flatten().expand(len(numbers)).contiguous()
     before, rounding = fused(inputs, numbers.device)
     sums = torch.empty(0, dtype=torch.int32) if rounding.symmetric else numbers.sum(1, dtype=torch.int32)

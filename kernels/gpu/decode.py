@@ -33,6 +33,8 @@ def decode(
 ):  # fmt: skip
     """Return the weights of every word, `[rows, words, codes per word / 2, 2]` in `DTYPE`: K order when flattened.
 
+    Where two of four columns are kept, it is `[rows, words / 4, 8, 2]`.
+
     Unscaled integers come out as code less zero code, plus `zero`; in bfloat16 those of `int2`, `int4` and `int8` times
     `2**-6` unless `HAS_ZERO`. Unscaled small floats come out times `2**-15` in
     float16 and `2**-127` in bfloat16, those of `e2m1` as one of 0, 1, 2, 3, 4, 6, 8, 12. Table entries are as
@@ -82,7 +84,9 @@ def decode(
         pairs = _float4(words, or0, or1, 0, 3, 7, 12, 6, 11, 15, 10, 7 if DTYPE == tl.bfloat16 else 10)
         factors, offsets = pairs, pairs
     INTEGER: tl.constexpr = GRID == "int2" or GRID == "int3" or GRID == "int4" or GRID == "int8"
-    SHAPE: tl.constexpr = (words.shape[0], words.shape[1], pairs.numel // words.numel)
+    SPARSE: tl.constexpr = GRID == "float16-2of4" or GRID == "bfloat16-2of4"
+    UNITS: tl.constexpr = words.shape[1] // 4 if SPARSE else words.shape[1]
+    SHAPE: tl.constexpr = (words.shape[0], UNITS, pairs.numel // (words.shape[0] * UNITS))
     SUBNORMAL: tl.constexpr = DTYPE == tl.bfloat16 and INTEGER and GRID != "int3"
     pairs = pairs.reshape(SHAPE)
     factors = factors.reshape(SHAPE)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from compressor.formats.base import PackedTensor, QuantFormat
-from compressor.kernels.gpu import experts, layout, ops
+from compressor.kernels.gpu import experts, layout, ops, sparse
 from compressor.kernels.gpu.launch import Routing
 from compressor.kernels.gpu.layout import RuntimeWeight
 from compressor.kernels.gpu.prepare import prepare as prepare_layout
@@ -53,6 +53,26 @@ class TritonWeight:
     def restore(self) -> PackedTensor:
         """Return the weight as it lies on disk."""
         return restore(self.weight, self.fmt)
+
+
+@dataclass(frozen=True)
+class PrunedWeight:
+    """A 16-bit weight of which two of every four columns are kept; see `sparse.pack`."""
+
+    weight: RuntimeWeight
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What it keeps in memory, by name."""
+        return {"runtime_words": self.weight.words, "runtime_bits": self.weight.bits}
+
+    def linear(self, x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Return `x @ weight.T + bias`; see `ops.linear`."""
+        return ops.linear(x, self.weight, bias, dtype)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """Return the weight `[out, in]` in `dtype`; zeros have lost their sign."""
+        return ops.dense(self.weight, dtype)
 
 
 @dataclass(frozen=True)
@@ -116,6 +136,17 @@ def prepare(packed: PackedTensor, fmt: QuantFormat) -> TritonWeight:
     weight = prepare_layout(packed, fmt)
     ops.reserve(weight.words.device)
     return TritonWeight(weight, fmt)
+
+
+def prepare_pruned(problem: Problem, weight: Tensor) -> PrunedWeight | None:
+    """Lay a dense weight out if these kernels gain by its zeros: two of every four, and 16-bit numbers; else None."""
+    if problem.dtype not in ops.KERNEL_DTYPES or refuse_device(problem) is not None:
+        return None
+    packed = sparse.pack(weight)
+    if packed is None:
+        return None
+    ops.reserve(weight.device)
+    return PrunedWeight(packed)
 
 
 @lru_cache(maxsize=1)

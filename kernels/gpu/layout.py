@@ -46,6 +46,9 @@ TABLE_WORDS = 16
 """Words of one row of `RuntimeWeight.table`."""
 
 PAD_ROWS, PAD_COLUMNS = 64, 128
+SPARSE_COLUMNS = 256
+"""What `SPARSE` weights are padded to: steps are long enough that two threads share the `bits` of a row."""
+
 CHUNK = 128
 """Columns whose scales lie together."""
 
@@ -115,6 +118,11 @@ class RuntimeWeight:
         self, words: Tensor, bits: Tensor, scale: Tensor, zero: Tensor, row: Tensor, table: Tensor
     ) -> RuntimeWeight:
         return replace(self, words=words, bits=bits, scale=scale, zero=zero, row=row, table=table)
+
+
+def pad_columns(grid: str) -> int:
+    """Return what the columns of a grid are padded to a multiple of."""
+    return SPARSE_COLUMNS if grid in SPARSE else PAD_COLUMNS
 
 
 def groups_per_chunk(group: int) -> int:

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from compressor.errors import UnsupportedError
 from compressor.kernels.gpu.launch import COUNTERS, aligned, dense_matmul, dequantize, matmul
-from compressor.kernels.gpu.layout import CODES, RuntimeWeight
+from compressor.kernels.gpu.layout import CODES, SPARSE, RuntimeWeight
 from compressor.kernels.gpu.prepare import decode
 from compressor.kernels.gpu.tiles import path_for
 
@@ -154,7 +154,7 @@ def reserve(device: torch.device) -> None:
 
 
 def _on_cuda(x: Tensor, weight: RuntimeWeight, bias: Tensor | None, dtype: torch.dtype, path: str) -> Tensor:
-    if path == "dequant" or x.dtype not in KERNEL_DTYPES:
+    if path == "dequant" or x.dtype not in KERNEL_DTYPES or SPARSE.get(weight.grid, x.dtype) != x.dtype:
         return dense_matmul(x, weight, bias, dtype)
     return matmul(aligned(x), weight, bias, path=path)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from compressor.kernels.gpu.layout import CODES, PAD_COLUMNS, PAD_ROWS, SPARSE, RuntimeWeight
+from compressor.kernels.gpu.layout import CODES, PAD_ROWS, SPARSE, RuntimeWeight, pad_columns
 
 PATTERNS = tuple(combinations(range(4), 2))
 """The columns that are kept, by pattern."""
@@ -44,7 +44,7 @@ def pack(weight: Tensor) -> RuntimeWeight | None:
     if grid is None or not is_sparse(weight):
         return None
     n, k = weight.shape
-    rows, columns = (-(-size // pad) * pad for size, pad in zip((n, k), (PAD_ROWS, PAD_COLUMNS), strict=True))
+    rows, columns = (-(-size // pad) * pad for size, pad in ((n, PAD_ROWS), (k, pad_columns(grid))))
     words = torch.zeros(rows, columns // CODES[grid], dtype=torch.int32, device=weight.device)
     bits = torch.zeros(rows, columns // 16, dtype=torch.int16, device=weight.device)
     of_mask, kept = torch.tensor(_OF_MASK, device=weight.device), torch.tensor(PATTERNS, device=weight.device)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from compressor.kernels.gpu.layout import CODES, PAD_COLUMNS, PAD_ROWS, THREE_BITS
+from compressor.kernels.gpu.layout import CODES, PAD_ROWS, THREE_BITS, pad_columns
 from compressor.kernels.gpu.tables import TILES
 
 SMALL_ROWS, LARGE_ROWS = 64, 512
@@ -131,7 +131,7 @@ def configure_with(
     processors: int,
 ) -> Config:
     """Return how to launch `packed_matmul` with a tile; other arguments as `configure`."""
-    rows, columns = -(-n // PAD_ROWS) * PAD_ROWS, -(-k // PAD_COLUMNS) * PAD_COLUMNS
+    rows, columns = -(-n // PAD_ROWS) * PAD_ROWS, -(-k // pad_columns(grid)) * pad_columns(grid)
     if rows % tile.block_n:
         tile = replace(tile, block_n=PAD_ROWS)
     while columns % tile.block_k:

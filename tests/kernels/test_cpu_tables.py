@@ -88,7 +88,7 @@ def test_dispatch_says_who_reads_tables() -> None:
         ({"format": "mxfp8"}, "which mxfp8 is not made of"),
         ({"device": "cuda"}, "not on cuda"),
         ({"op": "conv"}, "no 'conv'"),
-        ({"format": "fp4", "k": 33}, "in pairs, not 33"),
+        ({"format": "codebook4", "k": 33}, "in pairs, not 33"),
     ):
         problem = replace(PROBLEM, **change)  # type: ignore[arg-type]
         assert why in str(dict(dispatch.explain(problem))["cpu-table"])

@@ -51,7 +51,7 @@ def raw(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(torch.uint8)
 
 
-@pytest.mark.parametrize("grid", CODES)
+@pytest.mark.parametrize("grid", sorted(BITS))
 @pytest.mark.parametrize("shape", [(1, 1), (3, 128), (64, 256), (65, 200), (5, 1000)])
 def test_words_unpack_to_what_was_packed(grid: str, shape: tuple[int, int]) -> None:
     codes = torch.randint(0, 1 << BITS[grid], shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
@@ -64,7 +64,7 @@ def test_words_unpack_to_what_was_packed(grid: str, shape: tuple[int, int]) -> N
     assert 8 * (words.nbytes + bits.nbytes) == BITS[grid] * rows * columns
 
 
-@pytest.mark.parametrize("grid", CODES)
+@pytest.mark.parametrize("grid", sorted(BITS))
 def test_every_bit_has_its_own_place_where_instructions_read_it(grid: str) -> None:
     places = code_bits(grid)
     every = [place for code in places for place in code]
@@ -84,8 +84,10 @@ def test_every_bit_has_its_own_place_where_instructions_read_it(grid: str) -> No
         assert [b - a for a, b in zip(even, odd, strict=True)] == [8 if a >= 32 else 16 for a in even]
 
 
-@pytest.mark.parametrize("grid", ["int2", "int4", "int8"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("grid", "dtype"),
+    [*((grid, torch.float16) for grid in ("int2", "int3", "int4", "int8")), ("int3", torch.bfloat16)],
+)
 def test_constants_stand_for_powers_of_two(grid: str, dtype: torch.dtype) -> None:
     word = torch.tensor([constants(grid, dtype)[0]], dtype=torch.int64).to(torch.int32)
     low, high = word.view(dtype).tolist()
@@ -94,7 +96,18 @@ def test_constants_stand_for_powers_of_two(grid: str, dtype: torch.dtype) -> Non
     assert float(code) - low == 3
 
 
-@pytest.mark.parametrize("grid", CODES)
+@pytest.mark.parametrize(("grid", "half", "steps"), [("int2", 2, 4), ("int4", 8, 2), ("int8", 128, 1)])
+def test_bfloat16_reads_codes_as_subnormal_numbers(grid: str, half: int, steps: int) -> None:
+    assert constants(grid, torch.bfloat16) == (0, 0, 0)
+    codes = torch.arange(2 * half, dtype=torch.int16)
+    width = 8 // steps
+    for place in range(steps):  # what the kernels' multiply-add makes of a code that many bits up
+        value = (codes << width * place).view(torch.bfloat16).double() * 2.0 ** (127 - width * place) - half / 64
+        assert torch.equal(value * 64, codes.double() - half)
+        assert torch.equal(value.bfloat16().double(), value)
+
+
+@pytest.mark.parametrize("grid", sorted(BITS))
 def test_rows_and_columns_can_be_sliced(grid: str) -> None:
     codes = torch.randint(0, 1 << BITS[grid], (128, 512), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
     words, bits = pack_words(codes, grid)

@@ -6,7 +6,7 @@ import pytest
 
 from compressor.kernels.gpu import tables, tiles, tune
 from compressor.kernels.gpu.aot import ARCHITECTURES
-from compressor.kernels.gpu.layout import CODES
+from compressor.kernels.gpu.layout import CODES, pad_columns
 from compressor.kernels.gpu.tiles import Config, Tile, architecture, configure, fit_groups, path_for, split_for
 
 TILE = Tile(16, 128, 128, 4, 4)
@@ -50,7 +50,7 @@ def test_every_launch_is_legal(grid: str) -> None:
         config = of(grid, n, k, group, m, matches, sm=sm)
         tile = config.tile
         assert -(-n // 64) * 64 % tile.block_n == 0
-        assert -(-k // 128) * 128 % tile.block_k == 0
+        assert -(-k // pad_columns(grid)) * pad_columns(grid) % tile.block_k == 0
         assert tile.block_k % CODES[grid] == 0
         assert tile.block_k >= 16  # the shortest the matrix unit takes
         assert 1 <= config.split <= tiles.MAX_SPLIT

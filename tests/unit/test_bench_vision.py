@@ -109,6 +109,10 @@ def test_roundings_of_the_original_and_of_what_was_cut(tmp_path: Path) -> None:
     table(tmp_path, arms=arms, roundings=ways, formats=[])  # one more way: the others are not made again
     run_vision_table(path, settings)
     assert trained == next((tmp_path / "work").glob("seed-0-*/networks/original/model.safetensors")).stat().st_mtime_ns
+    other = read_vision_table(table(tmp_path, title="Others", finetune={"epochs": 2}))
+    assert (tmp_path / "originals" / other.original(1)).is_file()  # tables that train alike need not train again
+    assert not (tmp_path / "originals" / wanted.model_copy(update={"training": {}}).original(1)).exists()
+    table(tmp_path, arms=arms, roundings=ways, formats=[])
     page = render_vision(path)
     assert "| original | learned | int4 |" in page
     assert "| l1, 50% | two | int2 |" in page
