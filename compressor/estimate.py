@@ -11,13 +11,16 @@ from compressor.formats import get_format
 from compressor.formats.activations import get_input_format
 from compressor.formats.base import SearchableFormat
 from compressor.formats.small_floats import SPLITS
-from compressor.formats.split_floats import SplitFloat
+from compressor.formats.split_floats import POINTS, SplitFloat
 from compressor.methods.base import Method, Stream
 from compressor.methods.fp4 import FP4Options
 from compressor.methods.learning import LearningOptions
 from compressor.plan import OUTSIDE, Plan
 from compressor.pruning.base import PruningMethod
 from compressor.recipe import CalibrationSpec
+
+SETTLED = 2
+"""Rounds after which most joint searches of weights and inputs find nothing new; further ones cost nothing then."""
 
 SECONDS_PER_BYTE = 4e-9
 """Reading, converting, packing, hashing and writing, per source byte; measured on one CPU core."""
@@ -63,7 +66,8 @@ def estimate_seconds(plan: Plan, method: Method, spec: CalibrationSpec, device: 
             splits = len(SPLITS[get_input_format(layer.inputs).bits])
             step = splits * options.points * 2.0 * options.tokens * rows * columns
             weights = len(SPLITS[fmt.bits]) if isinstance(fmt, SplitFloat) else 0
-            operations += options.rounds * (step + weights * 170.0 * rows * columns * columns)
+            judged = min(POINTS * 2.0 * options.tokens, 170.0 * columns) * rows * columns
+            operations += min(options.rounds, SETTLED) * (step + weights * judged)
         elif method.stream is Stream.NONE:
             continue
         elif isinstance(options, LearningOptions):

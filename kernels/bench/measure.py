@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -14,8 +15,10 @@ from compressor.formats import get_format
 from compressor.kernels.bench.results import Cell, Machine
 from compressor.kernels.bench.roofline import LAYERS, Row
 from compressor.kernels.bench.subjects import Peer, subject
-from compressor.kernels.gpu import int_weight, timing
+from compressor.kernels.gpu import int_weight, sparse, timing
+from compressor.kernels.gpu.layout import SPARSE
 from compressor.kernels.gpu.prepare import prepare
+from compressor.kernels.gpu.samples import random_weight
 
 REPACKS = 3
 """Times a weight is laid out, of which the fastest counts: the first also starts the device."""

@@ -23,28 +23,32 @@ from torch import Tensor
 from torch.nn import functional
 
 from compressor.formats import GroupSize, get_format
+from compressor.formats.activations import INPUT_FORMATS
 from compressor.formats.base import PackedTensor, QuantFormat
+from compressor.inputs import InputOp, Quantize, apply_ops
 from compressor.kernels import dispatch
 from compressor.kernels.cpu import matmul
 from compressor.kernels.cpu.kernel import PreparedWeight
 from compressor.kernels.reference.linear import packed_linear
 
-FORMATS: dict[str, tuple[str, GroupSize]] = {
-    "int2 g64": ("int2", 64),
-    "int2 channel": ("int2", None),
-    "int3 g64": ("int3", 64),
-    "int3 channel": ("int3", None),
-    "int4 g64": ("int4", 64),
-    "int4 channel": ("int4", None),
-    "int4-asym g64": ("int4-asym", 64),
-    "int8 g64": ("int8", 64),
-    "int8 channel": ("int8", None),
-    "nvfp4": ("nvfp4", 16),
-    "mxfp4": ("mxfp4", 32),
-    "fp4": ("fp4", None),
-    "power4 g64": ("power4", 64),
+FORMATS: dict[str, tuple[str, GroupSize, str]] = {
+    "int2 g64": ("int2", 64, ""),
+    "int2 channel": ("int2", None, ""),
+    "int3 g64": ("int3", 64, ""),
+    "int3 channel": ("int3", None, ""),
+    "int4 g64": ("int4", 64, ""),
+    "int4 channel": ("int4", None, ""),
+    "int4-asym g64": ("int4-asym", 64, ""),
+    "int8 g64": ("int8", 64, ""),
+    "int8 channel": ("int8", None, ""),
+    "nvfp4": ("nvfp4", 16, ""),
+    "mxfp4": ("mxfp4", 32, ""),
+    "fp4": ("fp4", None, ""),
+    "power4 g64": ("power4", 64, ""),
+    "int8 channel, int8-token": ("int8-bytes", None, "int8-token"),
+    "int8 channel, int8-tensor": ("int8-bytes", None, "int8-tensor"),
 }
-"""What the table calls a format, its name and its group size."""
+"""What the table calls a format, its name, its group size, and what inputs are rounded to."""
 
 LAYERS = ((1536, 576), (2048, 2048))
 ROWS = (1, 4, 16, 64, 512)
@@ -97,12 +101,13 @@ def measure(name: str, shape: tuple[int, int], rows: Sequence[int], rounds: int,
     """
     n, k = shape
     generator = torch.Generator().manual_seed(n + k)
-    fmt = get_format(*FORMATS[name], torch.bfloat16)
+    kind, group, rounded = FORMATS[name]
+    fmt, inputs = get_format(kind, group, torch.bfloat16), _inputs(rounded)
     w = torch.randn(n, k, generator=generator)
     q = fmt.fit(w)
     packed = fmt.pack(fmt.encode(w, q), q)
     exact = fmt.decode(*fmt.unpack(packed))
-    prepared, repack = _prepared(packed, fmt)
+    prepared, repack = _prepared(packed, fmt, inputs)
     copies = max(1, CACHE // (2 * n * k))
     stored = cycle([copy.deepcopy(packed) for _ in range(copies)])
     weights = cycle([copy.deepcopy(prepared) for _ in range(copies)])
@@ -110,17 +115,17 @@ def measure(name: str, shape: tuple[int, int], rows: Sequence[int], rounds: int,
     cells = []
     for m in rows:
         x = torch.randn(m, k, generator=generator).bfloat16()
-        problem = dispatch.linear_problem(packed, fmt, m, torch.bfloat16, torch.device("cpu"))
+        problem = dispatch.linear_problem(packed, fmt, m, torch.bfloat16, torch.device("cpu"), inputs)
         kernel = dispatch.pick(problem)
         ways: dict[str, Callable[[], Tensor]] = {
             kernel.name: _chosen(kernel, x, weights, stored, fmt),
-            "decoded": _decoded(x, stored, fmt),
+            "decoded": _decoded(x, stored, fmt, inputs),
             "dense": lambda x=x: functional.linear(x, next(dense)),  # type: ignore[misc]
         }
         if forced and isinstance(prepared, PreparedWeight):
             ways |= {f"forced {path}": _forced(x, weights, path) for path in ("packed", "decode")}
         found = _in_turns(ways, rounds)
-        expected = x.double() @ exact.double().T
+        expected = apply_ops(inputs, x.float()).double() @ exact.double().T
         error = float((ways[kernel.name]().double() - expected).norm() / expected.norm())
         cells.append(_cell(name, shape, m, kernel.name, found, repack, error))
     return cells
@@ -177,10 +182,17 @@ def run(
     return text
 
 
-def _prepared(packed: PackedTensor, fmt: QuantFormat) -> tuple[dispatch.Prepared | None, float]:
+def _inputs(name: str) -> tuple[InputOp, ...]:
+    """Return what rounds inputs of a standard deviation of 1; nothing for the empty name."""
+    return (Quantize.calibrated(INPUT_FORMATS[name], torch.tensor(5.0), torch.bfloat16),) if name else ()
+
+
+def _prepared(
+    packed: PackedTensor, fmt: QuantFormat, inputs: Sequence[InputOp]
+) -> tuple[dispatch.Prepared | None, float]:
     """Return the weight laid out, and what that took in seconds per million weights."""
     started = _clock()()
-    prepared = dispatch.prepare(packed, fmt, torch.bfloat16)
+    prepared = dispatch.prepare(packed, fmt, torch.bfloat16, inputs)
     seconds = _clock()() - started
     return prepared, 0.0 if prepared is None else seconds / (packed.shape[0] * packed.shape[1]) * 1e6
 
@@ -198,8 +210,10 @@ def _chosen(
     return call
 
 
-def _decoded(x: Tensor, stored: cycle[PackedTensor], fmt: QuantFormat) -> Callable[[], Tensor]:
-    return lambda: packed_linear(x, next(stored), fmt, None, torch.bfloat16)
+def _decoded(
+    x: Tensor, stored: cycle[PackedTensor], fmt: QuantFormat, inputs: Sequence[InputOp]
+) -> Callable[[], Tensor]:
+    return lambda: packed_linear(apply_ops(inputs, x), next(stored), fmt, None, torch.bfloat16)
 
 
 def _forced(x: Tensor, weights: cycle[dispatch.Prepared | None], path: str) -> Callable[[], Tensor]:

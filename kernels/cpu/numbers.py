@@ -1,7 +1,7 @@
 """LLM-FP4's 4-bit floats as whole numbers on the CPU: one per byte, and one scale per output behind the product.
 
 All values of a split are whole multiples of one power of two, from -64 to 64 (see `docs/activations.md`), which
-bfloat16 and PyTorch's operator for bytes hold exactly. Looking codes up would take several times as long as the product.
+bfloat16 and PyTorch's operator for bytes hold exactly. Looking codes up takes several times as long as multiplying.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ CEILINGS = {
     ("e3m0", "channel"): 3.3,
     ("int2", "group"): 2.6,
     ("int3", "group"): 4.2,
-    ("int8", "channel"): 3.5,
+    ("int8", "channel"): 3.2,
     ("table2bit", "group"): 4.0,
     ("table2bit", "channel"): 4.0,
     ("table3bit", "group"): 4.0,

@@ -10,11 +10,13 @@ from compressor.kernels.gpu import launch, ops
 from compressor.kernels.gpu.prepare import prepare
 from compressor.kernels.gpu.samples import random_weight
 from compressor.runtime.modules import PackedLinear
-from compressor.testing import expert_kernels, int_kernels
+from compressor.runtime.pruned import PrunedLinear
+from compressor.testing import expert_kernels, int_kernels, sparse_kernels
 from compressor.testing.expert_kernels import ExpertCase
 from compressor.testing.int_kernels import IntCase
 from compressor.testing.kernels import KernelCase, build_weight, check
 from compressor.testing.models import tiny_llama
+from compressor.testing.sparse_kernels import SparseCase, sparse_weight
 
 pytestmark = pytest.mark.gpu
 
@@ -123,6 +125,28 @@ def test_experts_in_one_launch(name: str, group: int | None, dtype: str) -> None
         assert result.clean
         assert result.repeatable
         assert result.weights_exact
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_two_of_four_columns(dtype: str) -> None:
+    for m, n, k in ((1, 256, 512), (16, 200, 576), (33, 1000, 1024), (64, 64, 4096), (300, 320, 1024)):
+        result = sparse_kernels.check(SparseCase(m, n, k, dtype, bias=True), "cuda")
+        assert result.error < 2e-6  # products of 16-bit numbers, added up in float32
+        assert result.clean
+        assert result.repeatable
+        assert result.weights_exact
+
+
+def test_layers_of_pruned_models_leave_zeros_out() -> None:
+    dense = nn.Linear(512, 256, dtype=torch.bfloat16, device="cuda")
+    dense.weight.data = sparse_weight(256, 512, torch.bfloat16, torch.Generator().manual_seed(0)).cuda()
+    layer = PrunedLinear.of(dense)
+    assert layer is not None
+    for m in (1, 64, 200, 1000):
+        x = torch.randn(m, 512, dtype=torch.bfloat16, device="cuda")
+        torch.testing.assert_close(layer(x), dense(x))
+    assert torch.equal(layer.state_dict()["weight"], dense.weight)
+    assert torch.equal(layer.cpu().weight, dense.weight.cpu())
 
 
 @pytest.mark.parametrize("m", ROWS)
