@@ -9,7 +9,7 @@ kernel attaches the division to the weights' columns.
 
 Every step picks from a list that contains what it had, so that the error never grows. A step whose circumstances are
 those of its last time would pick the same, and is left out: most searches settle in the second round. Outputs of
-weights of up to 4 bits are bfloat16 products where the processor has them, as in calibration: off by a thousandth, where
+weights of up to 4 bits are bfloat16 products where the processor has them, as in calibration: off by a thousandth where
 rounding is off by a tenth.
 
 Differs from the paper:

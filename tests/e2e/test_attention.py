@@ -104,7 +104,7 @@ def test_a_loaded_module_computes_the_formula(tmp_path: Path) -> None:
 
 
 def test_integers_per_token_compute_the_formula(tmp_path: Path) -> None:
-    """Queries and keys turned by a Hadamard matrix and rounded per token and head, values rounded, shares as they are."""
+    """Queries and keys turned by a Hadamard matrix, then rounded per token and head; values rounded, shares not."""
     model = models.tiny_llama(kv_heads=2)
     report = run(model, tmp_path, format="int8", attention="int4-token-asym")
     assert report.verification["ok"]
