@@ -119,9 +119,7 @@ def _engine(
     )
 
 
-def _publish(
-    job: Job, plan: Plan, engine: Engine, units: Sequence[Unit], progress: Progress, fresh: bool
-) -> RunReport:
+def _publish(job: Job, plan: Plan, engine: Engine, units: Sequence[Unit], progress: Progress, fresh: bool) -> RunReport:
     """Turn finished units into a checkpoint, verify it, and say what happened."""
     progress.stage("writing")
     probe = job.out / WORK / "probe.safetensors"

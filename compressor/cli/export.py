@@ -14,9 +14,7 @@ from compressor.cli.render import STDOUT, print_json, size
 def export(
     model: Model,
     onnx: Annotated[Path, typer.Option("--onnx", metavar="FILE", help="ONNX file to write.")],
-    image_size: Annotated[
-        int | None, typer.Option(min=1, max=65_536, help="Height and width of the images.")
-    ] = None,
+    image_size: Annotated[int | None, typer.Option(min=1, max=65_536, help="Height and width of the images.")] = None,
     force: Force = False,
     trust_remote_code: TrustRemoteCode = False,
     json_: Json = False,

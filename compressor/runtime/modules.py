@@ -206,7 +206,9 @@ class PackedExperts(nn.Module):
 
     def projection(self, expert: int, role: str) -> PackedLinear:
         """Return one expert's `gate`, `up` or `down`."""
-        layer = self.get_submodule(f"{expert}.{self._roles[role]}")
+        projections = self._modules[str(expert)]  # not get_submodule: a token asks for many
+        assert projections is not None
+        layer = projections._modules[self._roles[role]]
         assert isinstance(layer, PackedLinear)
         return layer
 

@@ -228,7 +228,7 @@ def _exported(name: str, model: nn.Module, images: Tensor) -> Any:
 
 
 def _difference(path: Path, model: nn.Module, images: Tensor) -> float:
-    import onnxruntime  # type: ignore[import-untyped]
+    import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     got = torch.from_numpy(session.run(["logits"], {"pixel_values": images.numpy()})[0])

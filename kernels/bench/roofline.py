@@ -37,6 +37,7 @@ class Row:
         stored: Name and group size of the format on disk; `bf16` for dense weights.
         inputs: What inputs are rounded to before an integer product; empty for products with weights alone.
         experts: Experts of a layer, of which every row of activations goes to `PER_TOKEN`; 0 for plain layers.
+        rotated: Columns of the blocks that inputs are turned in, reordered, before they are rounded; 0: they are not.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Row:
     stored: tuple[str, int | None]
     inputs: str = ""
     experts: int = 0
+    rotated: int = 0
 
     def weight_bytes(self, n: int, k: int) -> int:
         """Return the bytes a matrix takes in memory, padding left out; of experts one."""
@@ -87,6 +89,7 @@ FORMATS: tuple[Row, ...] = (
     Row("power4 g128, 8 experts", "table8", "group", 128, 2, ("power4", 128), experts=8),
     Row("int8 x int8", "int8", "channel", 0, 4, ("int8", None), "int8-token"),
     Row("int4 x int8", "int4", "channel", 0, 4, ("int4", None), "int8-token"),
+    Row("int4 x int8, rotated", "int4", "channel", 0, 4, ("int4", None), "int8-token", rotated=128),
     Row("int4 g128 x int8", "int4", "group", 128, 4, ("int4", 128), "int8-token"),
     Row("int8 channel", "int8", "channel", 0, 0, ("int8", None)),
     Row("bf16 2:4", "bfloat16-2of4", "dense", 0, 0, ("bf16", None)),

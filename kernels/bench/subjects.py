@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from compressor.formats.activations import INPUT_FORMATS
-from compressor.inputs import Quantize
+from compressor.inputs import InputOp, Permute, Quantize, Rotate
 from compressor.kernels.bench.roofline import PER_TOKEN, Row
 from compressor.kernels.gpu import experts, int_ops, ops, timing
 from compressor.kernels.gpu.int_weight import decode as decode_integers
@@ -100,7 +100,9 @@ class Integers:
         self.weight = random_int_weight(bits, n, k, row.group, "cuda")
         self.copies = [self.weight.clone() for _ in range(timing.copies_for(self.weight.nbytes, cache))]
         self.dense = _dense(n, k, cache)
-        _, self.rounding = fused((Quantize(INPUT_FORMATS[row.inputs]),), torch.device("cuda"))
+        self.rotated = row.rotated > 0
+        last = Quantize(INPUT_FORMATS[row.inputs])
+        _, self.rounding = fused((*_turning(row.rotated, k), last), torch.device("cuda"), rotations=True)
 
     def calls(self, x: Tensor) -> Sequence[Call]:
         """See `Subject`."""
@@ -112,7 +114,7 @@ class Integers:
 
     def peers(self) -> Mapping[str, Sequence[Peer]]:
         """PyTorch's own integer product, with rounding and scales around it as plain operations."""
-        if self.weight.bits != 8 or self.weight.group:
+        if self.weight.bits != 8 or self.weight.group or self.rotated:
             return {}
         numbers, scale = numbers_of(self.weight).T, self.weight.scale[: self.weight.shape[0]]
 
@@ -135,6 +137,14 @@ class Integers:
     def path(self, m: int) -> str:
         """One kernel does all."""
         return "int"
+
+
+def _turning(size: int, k: int) -> tuple[InputOp, ...]:
+    """Return a random permutation and rotation of blocks, on the GPU; nothing if `size` is 0."""
+    if not size:
+        return ()
+    matrix, _ = torch.linalg.qr(torch.randn(size, size, device="cuda"))
+    return Permute(torch.randperm(k, device="cuda")), Rotate(matrix.half(), half=True)
 
 
 class Experts:

@@ -19,7 +19,7 @@ import torch
 from compressor.errors import ResourceError
 from compressor.kernels.gpu.int_launch import QUANTIZE_COLUMNS, ROTATE_COLUMNS, ROTATE_ROWS, int_tile
 from compressor.kernels.gpu.launch import ROW_CODES, UNPACK_COLUMNS, UNPACK_ROWS
-from compressor.kernels.gpu.layout import CODES, groups_per_chunk
+from compressor.kernels.gpu.layout import CODES, SPARSE, groups_per_chunk
 from compressor.kernels.gpu.samples import KINDS
 from compressor.kernels.gpu.tiles import Config, Tile, configure
 
@@ -318,10 +318,10 @@ def standard_case(
         grid: See `layout.RuntimeWeight`.
         m: Rows of activations.
         arch: Architecture whose tiles are used.
-        dtype: Dtype of activations.
+        dtype: Dtype of activations; grids of 16-bit floats have their own.
         kind: A key of `samples.KINDS`.
         grouped: Whether it multiplies experts.
     """
     group, scale_kind, row_kind = KINDS[kind]
     config = configure(grid, 8192, 8192, group, scale_kind, True, m, arch, 132)
-    return Case(grid, group, scale_kind, row_kind, dtype, config, grouped=grouped)
+    return Case(grid, group, scale_kind, row_kind, SPARSE.get(grid, dtype), config, grouped=grouped)

@@ -14,8 +14,7 @@ takes back.
 The constants OR-ed in (`or0` to `or2`) are kernel arguments, not literals: a three-input logic instruction takes one
 literal, and with two the assembler spends a second instruction on every pair.
 
-Table indices are looked up by byte permutations: the eight entries' low bytes are two registers, their high bytes two
-more, and one instruction finds a byte for each of four codes.
+Table indices are looked up by byte permutations, see `lookup.py`.
 
 Triton's interpreter cannot compute in bfloat16. There (`INTERPRET`) the same bits are widened to float32, exactly.
 """
@@ -24,6 +23,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from compressor.kernels.gpu.lookup import eight, four, look_up, look_up2, look_up3, spread
 
 
 @triton.jit
@@ -36,9 +37,8 @@ def decode(
     Where two of four columns are kept, it is `[rows, words / 4, 8, 2]`.
 
     Unscaled integers come out as code less zero code, plus `zero`; in bfloat16 those of `int2`, `int4` and `int8` times
-    `2**-6` unless `HAS_ZERO`. Unscaled small floats come out times `2**-15` in
-    float16 and `2**-127` in bfloat16, those of `e2m1` as one of 0, 1, 2, 3, 4, 6, 8, 12. Table entries are as
-    `layout.table_words` rounds and scales them.
+    `2**-6` unless `HAS_ZERO`. Unscaled small floats come out times `2**-15` in float16 and `2**-127` in bfloat16, those
+    of `e2m1` as one of 0, 1, 2, 3, 4, 6, 8, 12. Table entries are as `layout.table_words` rounds and scales them.
 
     Args:
         words: uint32 `[rows, words]`.
@@ -68,16 +68,16 @@ def decode(
         pairs = _float4(words, or0, or1, 0, 3, 6, 9, 13, 12, 15, 14, 6 if DTYPE == tl.bfloat16 else 9)
         factors, offsets = pairs, pairs
     elif GRID == "float16-2of4" or GRID == "bfloat16-2of4":
-        pairs = _spread(words, bits, INTERPRET)
+        pairs = spread(words, bits, INTERPRET)
         factors, offsets = pairs, pairs
     elif GRID == "table2bit":
-        pairs = _looked_up2(words, table, INTERPRET)
+        pairs = look_up2(words, table, INTERPRET)
         factors, offsets = pairs, pairs
     elif GRID == "table3bit":
-        pairs = _looked_up3(words, bits, table, INTERPRET)
+        pairs = look_up3(words, bits, table, INTERPRET)
         factors, offsets = pairs, pairs
     elif GRID == "table8" or GRID == "table16":
-        pairs = _looked_up(words, table, GRID == "table16", INTERPRET)
+        pairs = look_up(words, table, GRID == "table16", INTERPRET)
         factors, offsets = pairs, pairs
     else:
         tl.static_assert(GRID == "e3m0", "unknown grid")
@@ -179,18 +179,6 @@ def _times(pairs, factor: tl.constexpr, DTYPE: tl.constexpr, INTERPRET: tl.const
 
 
 @triton.jit
-def _four(a0, a1, a2, a3):
-    """Stack into `[..., 2, 2]`, in order."""
-    return tl.join(tl.join(a0, a2), tl.join(a1, a3))
-
-
-@triton.jit
-def _eight(a0, a1, a2, a3, a4, a5, a6, a7):
-    """Stack into `[..., 2, 2, 2]`, in order."""
-    return tl.join(_four(a0, a2, a4, a6), _four(a1, a3, a5, a7))
-
-
-@triton.jit
 def _like(words, value: tl.constexpr):
     """Fill a tensor of the shape of `words` with the bits of `value` in both halves."""
     return tl.full(words.shape, value * 0x10001, tl.uint32)
@@ -208,12 +196,12 @@ def _int4(words, or0, or1, DTYPE: tl.constexpr):
     if DTYPE == tl.bfloat16:
         f0, f1 = _like(words, 0x7F00), _like(words, 0x7D00)  # 2**127, 2**123
         eight = _like(words, 0xBE00)  # -8 * 2**-6
-        return _four(p0, p1, p2, p3), _four(f0, f1, f0, f1), _four(eight, eight, eight, eight)
+        return four(p0, p1, p2, p3), four(f0, f1, f0, f1), four(eight, eight, eight, eight)
     else:
         one = _one(words, DTYPE)
         even, odd = _like(words, 0xE408), _like(words, 0xD480)  # -(1024 + 8), -(64 + 8)
-        pairs = _four(p0 | or0, p1 | or1, p2 | or0, p3 | or1)
-        return pairs, _four(one, one, one, one), _four(even, odd, even, odd)
+        pairs = four(p0 | or0, p1 | or1, p2 | or0, p3 | or1)
+        return pairs, four(one, one, one, one), four(even, odd, even, odd)
 
 
 @triton.jit
@@ -221,25 +209,25 @@ def _int2(words, or0, or1, or2, DTYPE: tl.constexpr):
     one = _one(words, DTYPE)
     if DTYPE == tl.bfloat16:
         top = words >> 8
-        pairs = _eight(
+        pairs = eight(
             words & 0x00030003, words & 0x000C000C, words & 0x00300030, words & 0x00C000C0,
             top & 0x00030003, top & 0x000C000C, top & 0x00300030, top & 0x00C000C0,
         )  # fmt: skip
         f0, f1 = _like(words, 0x7F00), _like(words, 0x7E00)  # 2**127, 2**125
         f2, f3 = _like(words, 0x7D00), _like(words, 0x7C00)  # 2**123, 2**121
         two = _like(words, 0xBD00)  # -2 * 2**-6
-        return pairs, _eight(f0, f1, f2, f3, f0, f1, f2, f3), _eight(two, two, two, two, two, two, two, two)
+        return pairs, eight(f0, f1, f2, f3, f0, f1, f2, f3), eight(two, two, two, two, two, two, two, two)
     else:
         middle = words >> 6
         top = words >> 12
-        pairs = _eight(
+        pairs = eight(
             (words & 0x00030003) | or0, (words & 0x000C000C) | or1, (words & 0x00300030) | or2,
             (middle & 0x00030003) | or0, (middle & 0x000C000C) | or1, (middle & 0x00300030) | or2,
             (top & 0x00030003) | or0, (top & 0x000C000C) | or1,
         )  # fmt: skip
         # -(1024 + 2), -(256 + 2) and -(64 + 2)
         o0, o1, o2 = _like(words, 0xE402), _like(words, 0xDC08), _like(words, 0xD420)
-        return pairs, _eight(one, one, one, one, one, one, one, one), _eight(o0, o1, o2, o0, o1, o2, o0, o1)
+        return pairs, eight(one, one, one, one, one, one, one, one), eight(o0, o1, o2, o0, o1, o2, o0, o1)
 
 
 @triton.jit
@@ -261,8 +249,8 @@ def _int3(words, bits, or0, or1, or2, DTYPE: tl.constexpr):
     o0 = _like(words, 0xC304 if DTYPE == tl.bfloat16 else 0xE404)
     o1 = _like(words, 0xC210 if DTYPE == tl.bfloat16 else 0xDC10)
     o2 = _like(words, 0xC140 if DTYPE == tl.bfloat16 else 0xD440)
-    pairs, offsets = _eight(p0, p1, p2, p3, p4, p5, p6, p7), _eight(o0, o1, o2, o0, o1, o2, o0, o1)
-    return pairs, _eight(one, one, one, one, one, one, one, one), offsets
+    pairs, offsets = eight(p0, p1, p2, p3, p4, p5, p6, p7), eight(o0, o1, o2, o0, o1, o2, o0, o1)
+    return pairs, eight(one, one, one, one, one, one, one, one), offsets
 
 
 @triton.jit
@@ -277,193 +265,6 @@ def _int8(words, or0, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def load_table(ptr, n, GRID: tl.constexpr, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
-    """Return the bytes of a table's entries, eight registers, and what sums are to be multiplied by.
-
-    Args:
-        ptr: int32 `[3, 16]`, see `layout.table_words`.
-        n: Any number that is not negative.
-        GRID: See `decode`; anything but a table is not read.
-        DTYPE: See `decode`.
-        INTERPRET: See `decode`.
-    """
-    if GRID == "table2bit" or GRID == "table3bit" or GRID == "table8" or GRID == "table16":
-        ptr += 32 if DTYPE == tl.bfloat16 else 16
-        a0, a1, a2, a3 = _words(ptr, n, INTERPRET)
-        factor = tl.load(ptr + 8).to(tl.float32, bitcast=True)
-        if GRID == "table16":
-            a4, a5, a6, a7 = _words(ptr + 4, n, INTERPRET)
-            return (a0, a1, a2, a3, a4, a5, a6, a7), factor
-        else:
-            return (a0, a1, a2, a3, a0, a1, a2, a3), factor
-    else:
-        none = tl.full((), 0, tl.uint32)
-        return (none, none, none, none, none, none, none, none), tl.full((), 1.0, tl.float32)
-
-
-@triton.jit
-def _words(ptr, n, INTERPRET: tl.constexpr):
-    return (
-        _word(ptr, n, INTERPRET),
-        _word(ptr + 1, n, INTERPRET),
-        _word(ptr + 2, n, INTERPRET),
-        _word(ptr + 3, n, INTERPRET),
-    )
-
-
-@triton.jit
-def _word(ptr, n, INTERPRET: tl.constexpr):
-    word = tl.load(ptr).to(tl.uint32, bitcast=True)
-    if INTERPRET:
-        return word
-    else:
-        # The assembler keeps what all threads share in registers of its own kind, which a byte permutation does not
-        # read: it would move a word for every use. So every thread adds a zero that it makes from its number.
-        own: tl.constexpr = "{ .reg .s32 t; mov.u32 t, %tid.x; add.s32 t, t, $2; shr.s32 t, t, 31; or.b32 $0, t, $1; }"
-        return tl.inline_asm_elementwise(own, "=r,r,r", [word, n], tl.uint32, True, 1)
-
-
-@triton.jit
-def _spread(words, bits, INTERPRET: tl.constexpr):
-    """Put the two halves of every word where its pattern says among four, the others being zero.
-
-    A pattern is looked up as four bytes, one for each column: the two nibbles that choose the bytes of the first half,
-    of the second, or of a zero. Two columns' bytes are the selector that makes their pair.
-    """
-    even, odd = words.reshape(words.shape[0], words.shape[1] // 4, 2, 2).split()
-    w0, w2 = even.split()
-    w1, w3 = odd.split()
-    c0 = permute(_bits(0x44101010), _bits(0x44444444), bits, INTERPRET)  # of the four words
-    c1 = permute(_bits(0x10444432), _bits(0x44444410), bits, INTERPRET)
-    c2 = permute(_bits(0x32443244), _bits(0x44441044), bits, INTERPRET)
-    c3 = permute(_bits(0x44324444), _bits(0x44443232), bits, INTERPRET)
-    left01, left23 = permute(c0, c1, _bits(0x5140), INTERPRET), permute(c0, c1, _bits(0x7362), INTERPRET)
-    right01, right23 = permute(c2, c3, _bits(0x5140), INTERPRET), permute(c2, c3, _bits(0x7362), INTERPRET)
-    zero = _bits(0)
-    return _eight(
-        permute(w0, zero, left01, INTERPRET), permute(w0, zero, right01, INTERPRET),
-        permute(w1, zero, left01 >> 16, INTERPRET), permute(w1, zero, right01 >> 16, INTERPRET),
-        permute(w2, zero, left23, INTERPRET), permute(w2, zero, right23, INTERPRET),
-        permute(w3, zero, left23 >> 16, INTERPRET), permute(w3, zero, right23 >> 16, INTERPRET),
-    )  # fmt: skip
-
-
-@triton.jit
-def _bits(value: tl.constexpr):
-    return tl.full((), value, tl.uint32)
-
-
-@triton.jit
-def _looked_up2(words, table, INTERPRET: tl.constexpr):
-    """Look all codes of every word up in a table of four entries: indices are halves of nibbles."""
-    first = words & 0x33333333
-    second = (words >> 2) & 0x33333333
-    p0, p1 = _found_four(first, table, INTERPRET)
-    p2, p3 = _found_four(first >> 16, table, INTERPRET)
-    p4, p5 = _found_four(second, table, INTERPRET)
-    p6, p7 = _found_four(second >> 16, table, INTERPRET)
-    return _eight(p0, p1, p2, p3, p4, p5, p6, p7)
-
-
-@triton.jit
-def _looked_up3(words, bits, table, INTERPRET: tl.constexpr):
-    """Look all codes of every word up in a table of eight: the top bits of twelve nibbles are four indices more."""
-    index = words & 0x77777777
-    p0, p1 = _found_four(index, table, INTERPRET)
-    p2, p3 = _found_four(index >> 16, table, INTERPRET)
-    p4, p5 = _found_four(bits & 0x7777, table, INTERPRET)
-    rest = ((words >> 3) & 0x1111) | ((words >> 18) & 0x2222) | ((bits >> 1) & 0x4444)
-    p6, p7 = _found_four(rest, table, INTERPRET)
-    return _eight(p0, p1, p2, p3, p4, p5, p6, p7)
-
-
-@triton.jit
-def _found_four(index, table, INTERPRET: tl.constexpr):
-    """Return two pairs of entries; indices, less than eight, are the low four nibbles."""
-    low = permute(table[0], table[1], index, INTERPRET)
-    high = permute(table[2], table[3], index, INTERPRET)
-    first_pair = permute(low, high, tl.full((), 0x5140, tl.uint32), INTERPRET)
-    return first_pair, permute(low, high, tl.full((), 0x7362, tl.uint32), INTERPRET)
-
-
-@triton.jit
-def _looked_up(words, table, SIXTEEN: tl.constexpr, INTERPRET: tl.constexpr):
-    """Look all codes of every word up: a byte permutation finds four codes' low or high bytes among eight entries."""
-    index = words & 0x77777777
-    p0, p1 = _look_up_four(index, words, table, SIXTEEN, INTERPRET)
-    p2, p3 = _look_up_four(index >> 16, words << 4, table, SIXTEEN, INTERPRET)
-    return _four(p0, p1, p2, p3)
-
-
-@triton.jit
-def _look_up_four(index, tops, table, SIXTEEN: tl.constexpr, INTERPRET: tl.constexpr):
-    """Return two pairs of entries: indices modulo 8 are the low four nibbles, their fourth bits the tops of bytes."""
-    low = permute(table[0], table[1], index, INTERPRET)
-    high = permute(table[2], table[3], index, INTERPRET)
-    if SIXTEEN:
-        second = permute(tops, tops, tl.full((), 0xBA98, tl.uint32), INTERPRET)  # bytes of ones where the bit is set
-        low = low ^ ((low ^ permute(table[4], table[5], index, INTERPRET)) & second)
-        high = high ^ ((high ^ permute(table[6], table[7], index, INTERPRET)) & second)
-    else:
-        high = high ^ (tops & 0x80808080)
-    first_pair = permute(low, high, tl.full((), 0x5140, tl.uint32), INTERPRET)
-    return first_pair, permute(low, high, tl.full((), 0x7362, tl.uint32), INTERPRET)
-
-
-@triton.jit
-def permute(a, b, selector, INTERPRET: tl.constexpr):
-    """Choose four of the eight bytes of `a` and `b` by the low four nibbles of a selector; 8 more: its sign, spread."""
-    if INTERPRET:
-        out = (a ^ a) ^ (selector ^ selector)
-        for i in tl.static_range(4):
-            nibble = (selector >> (4 * i)) & 15
-            byte = (tl.where((nibble & 4) != 0, b, a) >> ((nibble & 3) * 8)) & 0xFF
-            byte = tl.where((nibble & 8) != 0, (byte >> 7) * 0xFF, byte)
-            out = out | (byte << (8 * i))
-        return out
-    else:
-        return tl.inline_asm_elementwise("prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, selector], tl.uint32, True, 1)
-
-
-@triton.jit
-def table_codes(words, bits, GRID: tl.constexpr):
-    """Return the table indices of every word, uint32 `[rows, words, codes per word / 2, 2]`: K order when flattened."""
-    first = _eight_codes(words, bits, 0, GRID)
-    if GRID == "table8" or GRID == "table16":
-        return first.reshape(words.shape[0], words.shape[1], 4, 2)
-    else:
-        second = _eight_codes(words, bits, 8, GRID)
-        both = tl.join(first, second).permute(0, 1, 5, 2, 3, 4)
-        return both.reshape(words.shape[0], words.shape[1], 8, 2)
-
-
-@triton.jit
-def _eight_codes(words, bits, j: tl.constexpr, GRID: tl.constexpr):
-    return _eight(
-        _table_code(words, bits, j, GRID), _table_code(words, bits, j + 1, GRID),
-        _table_code(words, bits, j + 2, GRID), _table_code(words, bits, j + 3, GRID),
-        _table_code(words, bits, j + 4, GRID), _table_code(words, bits, j + 5, GRID),
-        _table_code(words, bits, j + 6, GRID), _table_code(words, bits, j + 7, GRID),
-    )  # fmt: skip
-
-
-@triton.jit
-def _table_code(words, bits, j: tl.constexpr, GRID: tl.constexpr):
-    PLACE: tl.constexpr = 4 * (j % 4)
-    if GRID == "table2bit":
-        return (words >> (4 * (j % 8) + 2 * (j // 8))) & 3
-    elif GRID != "table3bit":
-        return ((words >> (4 * j)) & 7) | (((words >> (8 * (j % 4) + (7 if j < 4 else 3))) & 1) << 3)
-    elif j < 8:
-        return (words >> (4 * j)) & 7
-    elif j < 12:
-        return (bits >> PLACE) & 7
-    else:
-        low = ((words >> (PLACE + 3)) & 1) | (((words >> (PLACE + 19)) & 1) << 1)
-        return low | (((bits >> (PLACE + 3)) & 1) << 2)
-
-
-@triton.jit
 def _float4(
     words, or0, or1, m0: tl.constexpr, m1: tl.constexpr, m2: tl.constexpr, m3: tl.constexpr, s0: tl.constexpr,
     s1: tl.constexpr, s2: tl.constexpr, s3: tl.constexpr, LOWEST: tl.constexpr,
@@ -472,7 +273,7 @@ def _float4(
     p1 = _small_float(words, or0, or1, m1 - LOWEST, s1 - 15)
     p2 = _small_float(words, or0, or1, m2 - LOWEST, s2 - 15)
     p3 = _small_float(words, or0, or1, m3 - LOWEST, s3 - 15)
-    return _four(p0, p1, p2, p3)
+    return four(p0, p1, p2, p3)
 
 
 @triton.jit

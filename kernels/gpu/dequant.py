@@ -9,7 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from compressor.kernels.gpu.decode import decode, table_codes
+from compressor.kernels.gpu.decode import decode
+from compressor.kernels.gpu.lookup import table_codes
 from compressor.kernels.gpu.matmul import load_groups, per_word
 
 

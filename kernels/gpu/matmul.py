@@ -12,7 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from compressor.kernels.gpu.decode import decode, load_table, scale_pairs
+from compressor.kernels.gpu.decode import decode, scale_pairs
+from compressor.kernels.gpu.lookup import load_table
 from compressor.kernels.gpu.split import added, hand_in
 
 

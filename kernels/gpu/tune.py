@@ -20,7 +20,7 @@ import torch
 from compressor.errors import ResourceError
 from compressor.kernels.gpu import tables, tiles
 from compressor.kernels.gpu.aot import ARCHITECTURES, SHARED_LIMIT, Compiled, compile_case, standard_case
-from compressor.kernels.gpu.layout import CODES, THREE_BITS
+from compressor.kernels.gpu.layout import CODES, SPARSE, THREE_BITS
 from compressor.kernels.gpu.tiles import Tile
 
 BUCKETS = (16, 32, 64, 128)
@@ -30,7 +30,7 @@ IN_FLIGHT = {80: 20 << 10, 89: 8 << 10, 90: 32 << 10, 100: 48 << 10}
 MIN_WARPS = 8
 """Warps on one multiprocessor below which its four schedulers wait for results instead of issuing."""
 
-KINDS = {"e2m1": "mxfp4", "e3m0": "channel", "int8": "channel"}
+KINDS = {"e2m1": "mxfp4", "e3m0": "channel", "int8": "channel", **dict.fromkeys(SPARSE, "dense")}
 LAYER = (8192, 8192)
 _REGISTERS = 65536
 _STATIC = "compiled, not measured"
@@ -67,7 +67,7 @@ def compiled_cost(grid: str, rows: int, arch: int, tile: Tile) -> tuple[float, T
         config = replace(case.config, tile=fitted, on_weights=on_weights, carry=carry)
         try:
             compiled = compile_case(replace(case, config=config), arch)
-        except ResourceError:
+        except (ResourceError, RuntimeError):  # the latter: a layout that Triton cannot make
             continue
         return None if compiled.spills else (rank(compiled, fitted, grid), candidate)
     return None
@@ -83,7 +83,7 @@ def measured_cost(grid: str, rows: int, arch: int, tile: Tile) -> tuple[float, T
     properties = torch.cuda.get_device_properties(0)
     weight = random_weight(grid, *LAYER, KINDS.get(grid, "group"), "cuda")
     copies = [weight.clone() for _ in range(timing.copies_for(weight.nbytes, properties.L2_cache_size))]
-    x = torch.randn(rows, LAYER[1], dtype=torch.bfloat16, device="cuda")
+    x = torch.randn(rows, LAYER[1], dtype=SPARSE.get(grid, torch.bfloat16), device="cuda")
     config = tiles.configure_with(
         tile, grid, *LAYER, weight.group, weight.scale_kind, True, rows, arch, properties.multi_processor_count
     )

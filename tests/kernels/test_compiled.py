@@ -119,8 +119,7 @@ def test_every_kernel_on_every_architecture(grid: str, kind: str, dtype: torch.d
 @pytest.mark.parametrize("m", [1, 32, 64, 256])
 @pytest.mark.parametrize(("grid", "kind"), KEYS)
 def test_every_tile_of_the_table(grid: str, kind: str, m: int, arch: int) -> None:
-    dtype = SPARSE.get(grid, torch.bfloat16)
-    check(compile_case(standard_case(grid, m, arch, dtype, kind), arch), grid, kind, m)
+    check(compile_case(standard_case(grid, m, arch, kind=kind), arch), grid, kind, m)
 
 
 OTHERS = {80: 1.8, 89: 1.8, 100: 1.25}
