@@ -72,3 +72,80 @@ class InputSampleOf:
     def subtract(self, z: Tensor) -> None:
         """Turn the rows of `x` into those of `x - z`."""
         self._rows = self._rows - z
+
+
+@dataclass(frozen=True)
+class LoudRows:
+    """Asks for the rows with the largest magnitudes, which a sample of all would miss or overrate.
+
+    In language models a first token's inputs may be hundreds of times as large as all others, and decide how far a
+    grid must reach.
+
+    Attributes:
+        n_rows: How many rows to keep.
+    """
+
+    n_rows: int = 32
+
+    def start(self, in_features: int, device: torch.device) -> LoudRowsOf:
+        """Return an empty accumulator for inputs of width `in_features`."""
+        return LoudRowsOf(self, in_features, device)
+
+    def size(self, in_features: int) -> int:
+        """Return the numbers it holds."""
+        return self.n_rows * in_features
+
+
+class LoudRowsOf:
+    """Keeps the loudest rows; of equally loud ones those that came first.
+
+    Attributes:
+        n_tokens: Rows seen so far.
+        max_abs: Largest input magnitude seen; NaN once a NaN was seen.
+    """
+
+    def __init__(self, spec: LoudRows, in_features: int, device: torch.device) -> None:
+        self.spec = spec
+        self._rows = torch.zeros(0, in_features, dtype=torch.float32, device=device)
+        self.n_tokens = 0
+        self.max_abs = 0.0
+
+    def update(self, x: Tensor) -> None:
+        """Let rows `x` `[tokens, in]` take part."""
+        if x.shape[0] == 0:
+            return
+        largest = float(x.abs().max())
+        self.max_abs = largest if math.isnan(largest) else max(self.max_abs, largest)
+        self.n_tokens += x.shape[0]
+        rows = torch.cat([self._rows, x.float()])
+        order = rows.abs().amax(1).argsort(descending=True, stable=True)
+        self._rows = rows[order[: self.spec.n_rows].sort().values]
+
+    def close_lane(self) -> None:
+        """Do nothing: rows are no sum."""
+
+    def value(self) -> Tensor:
+        """Return the rows in the order they came, float32 `[rows, in]`."""
+        return self._rows
+
+    def divide(self, c: Tensor) -> None:
+        """Turn the rows of `x` into those of `x / c`."""
+        self._rows = self._rows / c
+
+    def subtract(self, z: Tensor) -> None:
+        """Turn the rows of `x` into those of `x - z`."""
+        self._rows = self._rows - z
+
+
+def strata(sample: Tensor, loud: Tensor, n_tokens: int) -> tuple[Tensor, Tensor]:
+    """Return rows that stand for all, `[rows, in]`, and how many each stands for, `[rows]`.
+
+    Args:
+        sample: Rows drawn from all of them, `[any, in]`; those as loud as `loud` are left out, as they are in it.
+        loud: The loudest rows, each standing for itself.
+        n_tokens: How many rows there are.
+    """
+    quiet = sample[sample.abs().amax(1) < loud.abs().amax(1).min()]
+    share = (n_tokens - len(loud)) / max(len(quiet), 1)
+    counts = torch.cat((torch.full((len(quiet),), share), torch.ones(len(loud))))
+    return torch.cat((quiet, loud)), counts.to(sample.device)

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from compressor.calibration.channels import MaxAbs
 from compressor.calibration.operands import OperandWatch
-from compressor.calibration.samples import InputSample
+from compressor.calibration.samples import InputSample, LoudRows, strata
 from compressor.calibration.stats import SecondMoment, Statistic
 from compressor.decision import Outcome, Quantized
 from compressor.formats.activations import GLOBAL_SCALE, INPUT_FORMATS, InputFormat
@@ -67,7 +67,7 @@ class FP4Options(MethodOptions):
     offsets: bool = Field(True, description="fpq inputs: powers of two per channel (the paper's pre-shifted bias)")
     rounds: int = Field(3, ge=1, le=20, description="fpq inputs: times weights and inputs are searched in turn")
     points: int = Field(25, ge=1, le=100, description="fpq inputs: biases of inputs tried in each step; the paper: 100")
-    tokens: int = Field(256, ge=1, le=65_536, description="inputs sampled for the searches that look at them")
+    tokens: int = Field(256, ge=1, le=65_536, description="inputs that searches see: a sample, one in 8 the loudest")
 
 
 class FP4:
@@ -103,7 +103,7 @@ class FP4:
 
     def input_stats(self, fmt: InputFormat) -> tuple[Statistic, ...]:
         """Return a sample of the inputs, and each channel's largest magnitude, where inputs are searched."""
-        return (InputSample(self.options.tokens), MaxAbs()) if searches(fmt) else ()
+        return (*self._sample(), MaxAbs()) if searches(fmt) else ()
 
     def steps(self, fmt: InputFormat, site: InputSite) -> tuple[dict[str, object], ...]:
         """Return the format where its parameters are searched; others are left to the engine."""
@@ -143,12 +143,21 @@ class FP4:
 
     def _jointly(self, layer: Layer, fmt: SearchableFormat, bits: int, q: QParams) -> Quantized:
         """Search inputs, and weights with them where their scales span rows; others keep `q`."""
-        x = layer.magnitude(InputSample(self.options.tokens))
-        search = JointSearch(
-            layer.weight, x, layer.magnitude(MaxAbs()), fmt, bits, self.options.offsets, self.options.points, q
-        )
+        x, counts = self._rows(layer)
+        largest = layer.magnitude(MaxAbs())
+        search = JointSearch(layer.weight, x, largest, fmt, bits, self.options.offsets, self.options.points, q, counts)
         search.run(self.options.rounds)
         return Quantized(fmt.encode(layer.weight, search.q), search.q, (search.op,))
+
+    def _sample(self) -> tuple[InputSample, LoudRows]:
+        """Return what the searches see: a sample of all inputs, and the loudest ones, an eighth of `tokens`."""
+        loud = max(self.options.tokens // 8, 1)
+        return InputSample(max(self.options.tokens - loud, 1)), LoudRows(loud)
+
+    def _rows(self, layer: Layer) -> tuple[Tensor, Tensor]:
+        """Return these inputs `[rows, in]`, and how many of all each stands for, `[rows]`."""
+        sample, loud = (layer.magnitude(spec) for spec in self._sample())
+        return strata(sample, loud, layer.n_tokens)
 
     def _global_scale(
         self, layers: Sequence[Layer], fmt: SearchableFormat, decisions: Sequence[Quantized], wanted: InputFormat
@@ -156,13 +165,13 @@ class FP4:
         """Return the rounding of inputs with the global scale that gives the layers that share it the least error."""
         start = Quantize.calibrated(wanted, layers[0].magnitude(MaxAbs()).amax(), torch.float32)
         assert start.scale is not None
-        x = layers[0].magnitude(InputSample(self.options.tokens))
+        x, counts = self._rows(layers[0])
         weights = torch.cat([fmt.round(layer.weight, d.qparams) for layer, d in zip(layers, decisions, strict=True)])
         target = x @ torch.cat([layer.weight for layer in layers]).T
         best, least = start, torch.inf
         for factor in _INPUT_FACTORS:
             trial = replace(start, scale=start.scale * factor)
-            error = float((trial.apply(x) @ weights.T - target).square().sum(dtype=torch.float64))
+            error = float((trial.apply(x) @ weights.T - target).square().sum(1).dot(counts))
             if error < least:
                 best, least = trial, error
         return best

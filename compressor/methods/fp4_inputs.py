@@ -1,7 +1,9 @@
 """LLM-FP4's joint search: split and bias of a layer's weights and of its inputs, in turn, with offsets per channel.
 
 Liu et al. 2023, "LLM-FP4: 4-Bit Floating-Point Quantized Transformers", arXiv 2310.16836, sections 3.2 and 4; the order
-of steps is that of the authors' code. The objective is `||X' W'^T - X W^T||^2` on a sample of full-precision inputs.
+of steps is that of the authors' code. The objective is `||X' W'^T - X W^T||^2` on a sample of full-precision inputs and
+the loudest of all, each row counted as often as it stands for others: a sample alone misses the few tokens that decide
+how far a grid must reach.
 
 With b_j the bias at which channel j just fits and rho the bias of the whole input, channel j is multiplied by `2^k_j`,
 `k_j = clip(round(b_j) - round(rho), 0, 2^E - 1)`, before it is rounded, and divided by it afterwards. Both are exact; a
@@ -50,6 +52,7 @@ class JointSearch:
         offsets: Whether channels get powers of two of their own.
         points: Biases of inputs tried in each step, besides the min-max one; at most 100.
         q: The weights' parameters so far.
+        counts: `[tokens]` how many inputs each of `x` stands for; None for one.
         errors: Total error after every step.
     """
 
@@ -61,10 +64,14 @@ class JointSearch:
     offsets: bool
     points: int
     q: QParams
+    counts: Tensor | None = None
     errors: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.target = self.x @ self.w.T  # [tokens, out]
+        # Errors of a row count as often as it stands for others: rows are multiplied by the root of that.
+        self._root = torch.ones(len(self.x), 1) if self.counts is None else self.counts.sqrt().unsqueeze(1)
+        self._root = self._root.to(self.x.device)
+        self.target = (self.x * self._root) @ self.w.T  # [tokens, out]
         self.ops = {m: RoundFloat.covering(self.bits, m, self.loudest, self.offsets) for m in SPLITS[self.bits]}
         self.split = SPLITS[self.bits][0]
         # Only where one scale spans a row do splits and biases of weights depend on the inputs' rounding alone.
@@ -73,7 +80,7 @@ class JointSearch:
         self.chosen = 0
         self._weights_met: RoundFloat | None = None  # the rounding of inputs that biases of weights were searched for
         self._inputs_met: Tensor | None = None  # the weight that biases of inputs were searched for
-        self.errors.append(self._error(self.op.apply(self.x), self._weight()))
+        self.errors.append(self._error(self._rounded(self.op), self._weight()))
 
     @property
     def op(self) -> RoundFloat:
@@ -92,7 +99,11 @@ class JointSearch:
         for _ in range(rounds):
             for step in order:
                 step()
-                self.errors.append(self._error(self.op.apply(self.x), self._weight()))
+                self.errors.append(self._error(self._rounded(self.op), self._weight()))
+
+    def _rounded(self, op: RoundFloat) -> Tensor:
+        """Return the inputs rounded, times the root of their counts."""
+        return op.apply(self.x) * self._root
 
     def _weight(self) -> Tensor:
         return self.fmt.round(self.w, self.q)
@@ -114,12 +125,13 @@ class JointSearch:
         if self._weights_met is not None and _same(self._weights_met, self.op):
             return
         self._weights_met = self.op
-        x = self.op.apply(self.x)
+        x = self._rounded(self.op)
         direct = len(x) < _FEW * x.shape[1]
         gram = None if direct else x.double().T @ x.double()
         slope = triangle = None
         if gram is not None:
-            slope = ((x.double().T @ (x.double() - self.x.double())) @ self.w.double().T).T.float()  # [out, in]
+            moved = x.double() - (self.x * self._root).double()
+            slope = ((x.double().T @ moved) @ self.w.double().T).T.float()  # [out, in]
             triangle = (gram.triu(1) * 2 + gram.diagonal().diag()).float()
         for index, start in enumerate(self.starts):
             best, least = start.scale, self.w.new_full((len(self.w), 1), torch.inf)
@@ -139,7 +151,7 @@ class JointSearch:
     def _weight_split(self) -> None:
         if not self.starts:
             return
-        x = self.op.apply(self.x)
+        x = self._rounded(self.op)
         errors = [self._error(x, self.fmt.round(self.w, q)) for q in self.tables]
         self.chosen = min(range(len(errors)), key=errors.__getitem__)
         self.q = self.tables[self.chosen]
@@ -152,12 +164,12 @@ class JointSearch:
         self._inputs_met = w
         for m in self.ops:
             candidates = list(self._candidates(m))
-            errors = [self._error(op.apply(self.x), w) for op in candidates]
+            errors = [self._error(self._rounded(op), w) for op in candidates]
             self.ops[m] = candidates[min(range(len(errors)), key=errors.__getitem__)]
 
     def _input_split(self) -> None:
         w = self._weight()
-        errors = {m: self._error(op.apply(self.x), w) for m, op in self.ops.items()}
+        errors = {m: self._error(self._rounded(op), w) for m, op in self.ops.items()}
         self.split = min(errors, key=errors.__getitem__)
 
     def _candidates(self, m: int) -> Iterator[RoundFloat]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from compressor.calibration.channels import MaxAbs
-from compressor.calibration.samples import InputSample
+from compressor.calibration.samples import InputSample, LoudRows, strata
 from compressor.calibration.stats import SecondMoment
 from compressor.decision import Quantized
 from compressor.formats.activations import INPUT_FORMATS
@@ -219,8 +219,51 @@ def test_samples_do_not_depend_on_how_rows_are_batched() -> None:
     assert torch.equal(small.value(), x[:10])
 
 
+def test_the_loudest_rows_stand_for_themselves_and_others_for_the_rest() -> None:
+    x = torch.randn(500, 6, generator=torch.Generator().manual_seed(1))
+    x[[77, 400]] *= 50
+    kept = []
+    for sizes in ([500], [100] * 5, [1, 49, 450]):
+        total = LoudRows(8).start(6, torch.device("cpu"))
+        for rows in x.split(sizes):
+            total.update(rows)
+            total.close_lane()
+        kept.append(total.value())
+    assert torch.equal(kept[0], kept[1])
+    assert torch.equal(kept[0], kept[2])
+    where = [int((x == row).all(1).nonzero()) for row in kept[0]]
+    assert where == sorted(x.abs().amax(1).topk(8).indices.tolist())
+    rows, counts = strata(x[70:120], kept[0], len(x))
+    assert float(counts.sum()) == pytest.approx(500)
+    assert len(rows.unique(dim=0)) == len(rows)
+    assert counts[-8:].tolist() == [1] * 8
+    assert (counts[:-8] == counts[0]).all()
+    every, once = strata(x, kept[0], len(x))
+    assert once.tolist() == [1] * 500
+    assert torch.equal(every.sort(0).values, x.sort(0).values)
+
+
+def test_rare_loud_inputs_decide_how_far_the_grid_reaches() -> None:
+    """A sample that misses them clips them; the error of all inputs is less where they are seen."""
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(2000, 64, generator=generator)
+        x[::500, 7] = 300.0
+        w = torch.randn(32, 64, generator=generator)
+        total = LoudRows(8).start(64, torch.device("cpu"))
+        total.update(x)
+        sample = x[1:57]
+        errors = []
+        for rows, counts in ((sample, None), strata(sample, total.value(), len(x))):
+            start = Float4().fit(w)
+            search = JointSearch(w, rows, x.abs().amax(0), Float4(), 4, True, 20, start, counts)
+            search.run(2)
+            errors.append(float((search.op.apply(x) @ Float4().round(w, search.q).T - x @ w.T).square().sum()))
+        assert errors[1] < 0.8 * errors[0]
+
+
 def test_more_inputs_than_the_search_sees_are_covered_by_the_largest_magnitudes() -> None:
-    assert FP4().input_stats(INPUT_FORMATS["fpq4"]) == (InputSample(256), MaxAbs())
+    assert FP4().input_stats(INPUT_FORMATS["fpq4"]) == (InputSample(224), LoudRows(32), MaxAbs())
     assert FP4().input_stats(INPUT_FORMATS["int8-token"]) == ()
     w, x = spread(1)
     layer = fused_layers((SecondMoment(),), Float4(), [w], x)[0]
