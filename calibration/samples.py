@@ -28,19 +28,17 @@ class InputSample:
         return self.n_rows * in_features
 
 
-class InputSampleOf:
-    """Keeps the rows whose place in the stream draws the smallest numbers: the same ones however rows are batched.
+class _Rows:
+    """Rows of inputs that are kept.
 
     Attributes:
         n_tokens: Rows seen so far.
         max_abs: Largest input magnitude seen; NaN once a NaN was seen.
     """
 
-    def __init__(self, spec: InputSample, in_features: int, device: torch.device) -> None:
-        self.spec = spec
+    def __init__(self, n_rows: int, in_features: int, device: torch.device) -> None:
+        self._n_rows = n_rows
         self._rows = torch.zeros(0, in_features, dtype=torch.float32, device=device)
-        self._draws = torch.zeros(0, dtype=torch.float64)
-        self._generator = torch.Generator().manual_seed(0)
         self.n_tokens = 0
         self.max_abs = 0.0
 
@@ -51,12 +49,12 @@ class InputSampleOf:
         largest = float(x.abs().max())
         self.max_abs = largest if math.isnan(largest) else max(self.max_abs, largest)
         self.n_tokens += x.shape[0]
-        # One by one: a vectorized draw may depend on how many are drawn at once.
-        new = torch.cat([torch.rand(1, dtype=torch.float64, generator=self._generator) for _ in range(x.shape[0])])
-        draws = torch.cat([self._draws, new])
-        kept = draws.argsort()[: self.spec.n_rows].sort().values
-        self._rows = torch.cat([self._rows, x.float()])[kept.to(x.device)]
-        self._draws = draws[kept]
+        rows = torch.cat([self._rows, x.float()])
+        self._rows = rows[self._kept(rows, x.shape[0]).to(x.device)]
+
+    def _kept(self, rows: Tensor, new: int) -> Tensor:
+        """Return which of the rows kept so far and the `new` ones behind them stay, in order."""
+        raise NotImplementedError
 
     def close_lane(self) -> None:
         """Do nothing: rows are no sum."""
@@ -72,6 +70,23 @@ class InputSampleOf:
     def subtract(self, z: Tensor) -> None:
         """Turn the rows of `x` into those of `x - z`."""
         self._rows = self._rows - z
+
+
+class InputSampleOf(_Rows):
+    """Keeps the rows whose place in the stream draws the smallest numbers: the same ones however rows are batched."""
+
+    def __init__(self, spec: InputSample, in_features: int, device: torch.device) -> None:
+        super().__init__(spec.n_rows, in_features, device)
+        self._draws = torch.zeros(0, dtype=torch.float64)
+        self._generator = torch.Generator().manual_seed(0)
+
+    def _kept(self, rows: Tensor, new: int) -> Tensor:
+        # One by one: a vectorized draw may depend on how many are drawn at once.
+        drawn = torch.cat([torch.rand(1, dtype=torch.float64, generator=self._generator) for _ in range(new)])
+        draws = torch.cat([self._draws, drawn])
+        kept = draws.argsort()[: self._n_rows].sort().values
+        self._draws = draws[kept]
+        return kept
 
 
 @dataclass(frozen=True)
@@ -96,45 +111,15 @@ class LoudRows:
         return self.n_rows * in_features
 
 
-class LoudRowsOf:
-    """Keeps the loudest rows; of equally loud ones those that came first.
-
-    Attributes:
-        n_tokens: Rows seen so far.
-        max_abs: Largest input magnitude seen; NaN once a NaN was seen.
-    """
+class LoudRowsOf(_Rows):
+    """Keeps the loudest rows; of equally loud ones those that came first."""
 
     def __init__(self, spec: LoudRows, in_features: int, device: torch.device) -> None:
-        self.spec = spec
-        self._rows = torch.zeros(0, in_features, dtype=torch.float32, device=device)
-        self.n_tokens = 0
-        self.max_abs = 0.0
+        super().__init__(spec.n_rows, in_features, device)
 
-    def update(self, x: Tensor) -> None:
-        """Let rows `x` `[tokens, in]` take part."""
-        if x.shape[0] == 0:
-            return
-        largest = float(x.abs().max())
-        self.max_abs = largest if math.isnan(largest) else max(self.max_abs, largest)
-        self.n_tokens += x.shape[0]
-        rows = torch.cat([self._rows, x.float()])
+    def _kept(self, rows: Tensor, new: int) -> Tensor:
         order = rows.abs().amax(1).argsort(descending=True, stable=True)
-        self._rows = rows[order[: self.spec.n_rows].sort().values]
-
-    def close_lane(self) -> None:
-        """Do nothing: rows are no sum."""
-
-    def value(self) -> Tensor:
-        """Return the rows in the order they came, float32 `[rows, in]`."""
-        return self._rows
-
-    def divide(self, c: Tensor) -> None:
-        """Turn the rows of `x` into those of `x / c`."""
-        self._rows = self._rows / c
-
-    def subtract(self, z: Tensor) -> None:
-        """Turn the rows of `x` into those of `x - z`."""
-        self._rows = self._rows - z
+        return order[: self._n_rows].sort().values
 
 
 def strata(sample: Tensor, loud: Tensor, n_tokens: int) -> tuple[Tensor, Tensor]:
