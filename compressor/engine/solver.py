@@ -24,7 +24,7 @@ from compressor.formats.base import PackedTensor, QuantFormat
 from compressor.formats.pruned import PRUNED
 from compressor.inputs import InputOp, Permute, Rotate, Scale
 from compressor.methods.base import Block, Layer, Method, Scope, is_pruned, relative_error
-from compressor.methods.eaquant_rotation import turned_weight
+from compressor.methods.eaquant_rotation import turned_moment, turned_weight
 from compressor.plan import LayerPlan
 from compressor.ranks import ALONE, Ranks
 from compressor.report import Row
@@ -217,6 +217,7 @@ class Solver:
         full = SecondMoment()
         reference = _as_stored(task.weight, decision)
         has_data = full in task.stats and task.n_tokens > 0
+        moment = _moment_as_stored(task.second_moment(full), decision) if has_data else None
         row = Row(
             name=ref.name,
             action=fmt.name,
@@ -224,7 +225,7 @@ class Solver:
             bytes_before=plan.bytes_before,
             bytes_after=plan.bytes_after,
             weight_error=relative_error(reference, decoded),
-            output_error=relative_error(task.weight, decoded, task.second_moment(full)) if has_data else None,
+            output_error=relative_error(reference, decoded, moment) if moment is not None else None,
             tokens=task.n_tokens,
             inputs=plan.inputs,
             sparsity=_share(decoded == 0),
@@ -272,13 +273,26 @@ def _turns(decision: Decision) -> list[InputOp]:
     return [op for op in ops if isinstance(op, Permute | Rotate)]
 
 
+def _scales(decision: Decision) -> list[Scale]:
+    """Return the factors of a layer's input that its weight had to follow."""
+    ops = decision.inputs if isinstance(decision, Quantized) else ()
+    return [op for op in ops if isinstance(op, Scale)]
+
+
 def _as_stored(weight: Tensor, decision: Decision) -> Tensor:
     """Return the weight as it would be stored unrounded, `[out, in]`: for inputs scaled, rotated or reordered."""
     turns = _turns(decision)
-    if isinstance(decision, Quantized):
-        for scale in (op for op in decision.inputs if isinstance(op, Scale)):
-            weight = weight / scale.factor
+    for scale in _scales(decision):
+        weight = weight / scale.factor
     return turned_weight(weight, turns) if turns else weight
+
+
+def _moment_as_stored(moment: Tensor, decision: Decision) -> Tensor:
+    """Return the second moment `[in, in]` of what such a weight reads."""
+    turns = _turns(decision)
+    for scale in _scales(decision):
+        moment = moment * scale.factor * scale.factor.unsqueeze(1)
+    return turned_moment(moment, turns) if turns else moment
 
 
 def _share(mask: Tensor) -> float:

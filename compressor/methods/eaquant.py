@@ -8,6 +8,7 @@ is DuQuant, arXiv 2406.01721. Three pieces, each of which can be switched off:
 - `balance`: every expert is calibrated on its fair share of tokens.
 
 Differs from the authors' code, beside what `eaquant.md` lists:
+- Weights are rounded by GPTQ on the second moment of transformed inputs; `rounding=nearest` is theirs.
 - Statistics and transforms come from tokens as they are, not from sequences averaged over samples.
 - The transform of what `down` reads is fitted before gate and up are rounded.
 - The router's weight is rounded, its input is not; attention's own operands are not rounded either.
@@ -17,6 +18,7 @@ Differs from the authors' code, beside what `eaquant.md` lists:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -28,15 +30,15 @@ from compressor.calibration.averages import MovingRange
 from compressor.calibration.channels import MaxAbs
 from compressor.calibration.routing_rule import SOFTMAX, RoutingRule
 from compressor.calibration.samples import InputSample
-from compressor.calibration.stats import Statistic
-from compressor.decision import Outcome, Quantized
+from compressor.calibration.stats import SecondMoment, Statistic
+from compressor.decision import Decision, Outcome, Quantized
 from compressor.errors import RecipeError
 from compressor.formats.activations import INPUT_FORMATS, InputFormat
 from compressor.formats.base import QParams, QuantFormat
 from compressor.formats.ints import IntFormat
 from compressor.inputs import InputOp, Quantize
 from compressor.methods.base import Layer, MethodOptions, Scope, Stream
-from compressor.methods.eaquant_rotation import descriptions, fit_transform, turned_weight
+from compressor.methods.eaquant_rotation import descriptions, fit_transform, turned_moment, turned_weight
 from compressor.methods.eaquant_router import agreement, align, by_weights, counted, ratios, round_rows
 from compressor.methods.eaquant_smoothing import (
     aggregate,
@@ -46,6 +48,7 @@ from compressor.methods.eaquant_smoothing import (
     within_reach,
     without_dead,
 )
+from compressor.methods.gptq import GPTQ
 from compressor.methods.rounding import InputSite
 from compressor.methods.scaling import Factors, FoldSite, bounded
 from compressor.plan import FoldKind, WeightRef
@@ -76,7 +79,12 @@ class EAQuantOptions(MethodOptions):
         512, ge=1, le=65536, description="calibration tokens per layer or expert that rotations are fitted to"
     )
     input_clip: float = Field(0.9, gt=0, le=1, description="share of a token's range that its scale covers")
-    least_ratio: float = Field(0.35, gt=0, le=1, description="smallest clipping ratio of weights that is tried")
+    rounding: Literal["gptq", "nearest"] = Field(
+        "gptq", description="of weights: GPTQ's loop on the transformed weights and inputs; nearest: on clipped ranges"
+    )
+    least_ratio: float = Field(
+        0.35, gt=0, le=1, description="smallest clipping ratio tried: of the router, and of weights rounded to nearest"
+    )
     router_bits: int = Field(8, ge=0, le=8, description="bits the router's weights are rounded to; 0: not at all")
     router_share: float = Field(0.0, ge=0, le=1, description="share of the experts not chosen that alignment looks at")
 
@@ -87,7 +95,6 @@ class EAQuant:
     name = "eaquant"
     summary = "EAQuant: rotate inputs, smooth over experts, keep the router's choices; experts in 4 bits and below"
     scope = Scope.GROUP
-    stream = Stream.FP
     folds = (FoldKind.NORM, FoldKind.EXPERTS, FoldKind.PRODUCT, FoldKind.VALUE)
     Options = EAQuantOptions
 
@@ -104,9 +111,15 @@ class EAQuant:
         """Tokens every expert is to see, in fair shares of a window."""
         return self.options.balance
 
+    @property
+    def stream(self) -> Stream:
+        """What GPTQ compensates for, earlier layers' errors included; the paper looks at the original's inputs."""
+        return Stream.COMPRESSED if self.options.rounding == "gptq" else Stream.FP
+
     def stats(self, fmt: QuantFormat) -> tuple[Statistic, ...]:
-        """Return reach and usual range of every channel, and some rows."""
-        return (MaxAbs(), MovingRange(), InputSample(self.options.rows))
+        """Return reach and usual range of every channel, some rows, and the second moment, if GPTQ rounds."""
+        moments = (SecondMoment(),) if self.options.rounding == "gptq" else ()
+        return (MaxAbs(), MovingRange(), InputSample(self.options.rows), *moments)
 
     def refuse(self, ref: WeightRef, fmt: QuantFormat) -> str | None:
         """Refuse what is no integer grid: a clipping ratio is searched for it."""
@@ -197,22 +210,37 @@ class EAQuant:
         return None
 
     def solve_group(self, layers: Sequence[Layer], fmt: QuantFormat, generator: torch.Generator) -> Outcome:
-        """Fit the transform of the layers' common input, and round the transformed weights on clipped ranges."""
+        """Fit the transform of every common input, and round the transformed weights."""
         assert isinstance(fmt, IntFormat)
-        decisions, events = {}, list[str]()
-        fitted: dict[str, tuple[InputOp, ...]] = {}
+        decided: dict[str, Decision] = {}
+        events: list[str] = []
+        sites: dict[str, list[Layer]] = {}
         for layer in layers:
-            if layer.ref.fed_by not in fitted:
-                fitted[layer.ref.fed_by] = self._transform(layer, generator)
-            if layer.n_tokens == 0:
-                events.append(f"{layer.ref.name}: no calibration token reached it")
             layer.magnitude(MaxAbs())  # raises where inputs are not finite, also if nothing else looks at them
-            turns = fitted[layer.ref.fed_by]
-            weight = turned_weight(layer.weight, turns) if turns else layer.weight
-            q = best_ratio(weight, fmt, fmt.fit(weight), self.options.least_ratio)
-            inputs = (*turns, *self._rounding(layer)) if layer.steps else ()
-            decisions[layer.ref.name] = Quantized(fmt.encode(weight, q), q, inputs)
-        return Outcome(decisions, tuple(events))
+            sites.setdefault(layer.ref.fed_by, []).append(layer)
+        for members in sites.values():
+            turns = self._transform(members[0], generator)
+            turned = [replace(layer, weight=turned_weight(layer.weight, turns)) for layer in members]
+            outcome = self._rounded(turned, turns, fmt)
+            events += outcome.events
+            for layer in members:
+                own = outcome.decisions[layer.ref.name]
+                assert isinstance(own, Quantized)
+                inputs = (*turns, *self._rounding(layer)) if layer.steps else ()
+                decided[layer.ref.name] = replace(own, inputs=inputs)
+        return Outcome(decided, tuple(events))
+
+    def _rounded(self, layers: Sequence[Layer], turns: tuple[InputOp, ...], fmt: IntFormat) -> Outcome:
+        """Round weights that follow the transform of their input."""
+        if self.options.rounding == "gptq" and layers[0].n_tokens:
+            moment = layers[0].second_moment(SecondMoment())
+            return GPTQ().round_with(turned_moment(moment, turns), layers, fmt)
+        decided: dict[str, Decision] = {}
+        for layer in layers:
+            q = best_ratio(layer.weight, fmt, layer.fit(fmt), self.options.least_ratio)
+            decided[layer.ref.name] = Quantized(fmt.encode(layer.weight, q), q)
+        unseen = () if layers[0].n_tokens else layers
+        return Outcome(decided, tuple(f"{layer.ref.name}: no calibration token reached it" for layer in unseen))
 
     def _transform(self, layer: Layer, generator: torch.Generator) -> tuple[InputOp, ...]:
         if len(layer.steps) < 2:

@@ -121,3 +121,17 @@ def turned_weight(weight: Tensor, ops: Sequence[InputOp]) -> Tensor:
             inverse = torch.linalg.inv(op.matrix.double()).T  # x M (W M^-T)^T = x W^T
             w = (w.unflatten(1, (-1, inverse.shape[0])) @ inverse).flatten(1)
     return w.float()
+
+
+def turned_moment(moment: Tensor, ops: Sequence[InputOp]) -> Tensor:
+    """Return the second moment of transformed inputs, from that of plain ones `[in, in]`; float32."""
+    h = moment.double()
+    for op in ops:
+        for _ in range(2):  # rows, and columns: it is symmetric
+            if isinstance(op, Permute):
+                h = h.index_select(1, op.order).T
+            else:
+                assert isinstance(op, Rotate)
+                matrix = op.matrix.double()
+                h = (h.unflatten(1, (-1, matrix.shape[0])) @ matrix).flatten(1).T
+    return h.float()

@@ -90,14 +90,12 @@ class GPTQ:
 
     def solve_group(self, layers: Sequence[Layer], fmt: QuantFormat, generator: torch.Generator) -> Outcome:
         """Round the layers; those that read the same input share its factor."""
-        assert isinstance(fmt, ScaledFormat)
         decisions: dict[str, Decision] = {}
         events: list[str] = []
         alike: dict[int, list[Layer]] = {}
         for layer in layers:
             alike.setdefault(id(layer.stats[SecondMoment()]), []).append(layer)
         for members in alike.values():
-            names = ", ".join(layer.ref.name for layer in members)
             if members[0].n_tokens == 0:
                 # Only experts can be unseen. There is no error to compensate: round to nearest, and say so.
                 for layer in members:
@@ -105,28 +103,39 @@ class GPTQ:
                     decisions[layer.ref.name] = Quantized(fmt.encode(layer.weight, q), q)
                     events.append(f"{layer.ref.name}: no calibration token reached it")
                 continue
-            curvature = self._curvature(members[0], fmt)
-            if curvature.n_dead:
-                events.append(
-                    f"{names}: {curvature.n_dead} of {len(curvature.order)} inputs are zero on all calibration data; "
-                    "their weights were rounded to nearest"
-                )
-            if curvature.damping > self.options.damping:
-                events.append(
-                    f"{names}: the second moment is singular; damping grew from {self.options.damping:g} "
-                    f"to {curvature.damping:g}"
-                )
-            for layer in members:
-                decisions[layer.ref.name] = self._solve(layer, fmt, curvature)
+            outcome = self.round_with(members[0].second_moment(SecondMoment()), members, fmt)
+            decisions |= outcome.decisions
+            events += outcome.events
         return Outcome(decisions, tuple(events))
 
-    def _curvature(self, layer: Layer, fmt: QuantFormat) -> Curvature:
-        """Factor the second moment in the order asked for, with more damping if need be.
+    def round_with(self, moment: Tensor, layers: Sequence[Layer], fmt: QuantFormat) -> Outcome:
+        """Round layers that read the same input, given its second moment `[in, in]` float32.
 
         Raises:
-            NumericalError: It is not finite, or no damping makes it positive definite.
+            NumericalError: No damping makes the moment positive definite.
         """
-        moment = layer.second_moment(SecondMoment())
+        assert isinstance(fmt, ScaledFormat)
+        names, events = ", ".join(layer.ref.name for layer in layers), list[str]()
+        curvature = self._curvature(moment, layers[0].ref.name, fmt)
+        if curvature.n_dead:
+            events.append(
+                f"{names}: {curvature.n_dead} of {len(curvature.order)} inputs are zero on all calibration data; "
+                "their weights were rounded to nearest"
+            )
+        if curvature.damping > self.options.damping:
+            events.append(
+                f"{names}: the second moment is singular; damping grew from {self.options.damping:g} "
+                f"to {curvature.damping:g}"
+            )
+        decided = {layer.ref.name: self._solve(layer, fmt, curvature) for layer in layers}
+        return Outcome(decided, tuple(events))
+
+    def _curvature(self, moment: Tensor, name: str, fmt: QuantFormat) -> Curvature:
+        """Factor the second moment of a layer's input in the order asked for, with more damping if need be.
+
+        Raises:
+            NumericalError: No damping makes it positive definite.
+        """
         order = input_order(moment.diagonal(), self.options.order, fmt.group_size)
         damping = self.options.damping
         while damping <= _MAX_DAMPING:
@@ -135,7 +144,7 @@ class GPTQ:
                 return curvature
             damping *= 10
         raise NumericalError(
-            f"{layer.ref.name}: the second moment of its {len(order)} inputs cannot be factored, even damped by "
+            f"{name}: the second moment of its {len(order)} inputs cannot be factored, even damped by "
             f"{damping / 10:g} of its mean diagonal {float(moment.diagonal().mean()):.3g}",
             "use other calibration data, round this layer to nearest (--method rtn), or leave it out with --skip",
         )

@@ -47,6 +47,9 @@ def test_moving_factors_and_rotating_keep_the_function(build: Callable[[], PreTr
     clip = {"input_clip": 1.0}
     report = run(model, tmp_path, format="int8-asym", inputs="int8-token-asym", options=clip)
     assert report.verification["relative_error"] <= 1e-4
+    errors = [row.output_error for row in report.rows if row.output_error is not None]
+    assert len(errors) > 10
+    assert max(errors) < 0.05  # of weights in the basis they are stored in, on inputs in the same
     loaded = compressor.load(tmp_path / "out")
     packed = [module for module in loaded.modules() if isinstance(module, PackedLinear)]
     assert packed

@@ -23,6 +23,7 @@ from compressor.methods.eaquant_rotation import (
     descriptions,
     fit_rotation,
     fit_transform,
+    turned_moment,
     turned_weight,
     zigzag,
 )
@@ -145,6 +146,8 @@ def test_transforms_keep_the_product_and_are_stored_as_described(width: int) -> 
     assert len(ops) == (1 if width == 32 else 3)
     expected, got = x @ weight.T, apply_ops(ops, x) @ turned_weight(weight, ops).T
     assert (got - expected).norm() / expected.norm() < 2e-6  # although matrices are stored in half precision
+    turned = apply_ops(ops, x.double())
+    torch.testing.assert_close(turned_moment(x.T @ x, ops), (turned.T @ turned).float(), rtol=1e-4, atol=0.1)
     stored = {name: value for op in ops for name, value in op.tensors().items()}
     slots = stored_slots(described, (10, width), torch.bfloat16)
     assert {name: (value.dtype, tuple(value.shape)) for name, value in stored.items()} == {
@@ -310,6 +313,24 @@ def test_what_happens_to_inputs_is_planned() -> None:
         method.input_format("fp8-tensor", "int4")
     with pytest.raises(RecipeError, match="needs rounded inputs"):
         EAQuant(EAQuantOptions(transform="on")).input_format(None, "int4")
+
+
+@pytest.mark.parametrize("inputs", [None, "int8-token"])
+def test_compensated_rounding_adds_less_output_error_on_inputs_not_seen(inputs: str | None) -> None:
+    """GPTQ must see the weights and the inputs after the transform: before it, or with one of both, it does harm."""
+    x = correlated_inputs(96, tokens=1200)
+    seen, fresh = x[:800], x[800:]
+    weight, fmt, errors = heavy_tailed_weights(40, 96), IntFormat(3, None, torch.float32, symmetric=False), {}
+    for rounding in ("gptq", "nearest"):
+        method = EAQuant(EAQuantOptions(block=32, rotations=8, rounding=rounding))  # type: ignore[arg-type]
+        layer = fused_layers(method.stats(fmt), fmt, [weight], seen)[0]
+        layer = replace(layer, ref=replace(layer.ref, shape=(40, 96), matrix=(40, 96)))
+        steps = () if inputs is None else method.steps(INPUT_FORMATS[inputs], InputSite(layer.ref, None))
+        decision = method.solve_group([replace(layer, steps=steps)], fmt, generator()).decisions[layer.ref.name]
+        assert isinstance(decision, Quantized)
+        turned = apply_ops(decision.inputs[:-1], fresh)
+        errors[rounding] = (turned @ fmt.decode(decision.codes, decision.qparams).T - fresh @ weight.T).norm()
+    assert errors["gptq"] < 0.8 * errors["nearest"]
 
 
 def test_fused_layers_share_their_transform() -> None:
