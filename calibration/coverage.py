@@ -95,17 +95,9 @@ class Coverage:
                 "raise --n-samples or --seq-len, or lower --min-expert-tokens",
             )
 
-    def short_of(self, wanted: int, method: str) -> list[str]:
-        """Return a sentence for every stack with experts that a method learns from fewer tokens than are wanted."""
-        stacks: dict[str, list[str]] = {}
-        for (stack, expert), n in sorted(self.routed.items()):
-            if n < wanted:
-                stacks.setdefault(stack, []).append(f"{expert} ({n})")
-        return [
-            f"{stack}: fewer than {wanted} calibration tokens are sent to some experts, and {method} learns from no "
-            f"others, expert (tokens): {', '.join(experts)}"
-            for stack, experts in stacks.items()
-        ]
+    def short_of(self, wanted: int) -> set[Expert]:
+        """Return the experts to which the router sends fewer tokens than are wanted."""
+        return {expert for expert, n in self.routed.items() if n < wanted}
 
     def events(self) -> list[str]:
         """Return a sentence for every stack and way in which experts were topped up."""

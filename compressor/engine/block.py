@@ -25,6 +25,7 @@ from compressor.engine.experts import routers_of, rule_of
 from compressor.engine.memory import MARGIN, Needs
 from compressor.engine.parts import Parts
 from compressor.engine.rounding import InputRounding
+from compressor.engine.scarce import scarce_experts, solve_scarce
 from compressor.engine.solver import Solved
 from compressor.engine.streams import COMPRESSED, FP
 from compressor.engine.views import block_of
@@ -88,7 +89,12 @@ class BlockRunner:
         learned = parts.method.scope is Scope.BLOCK
         reaches = self._reaches(index, before, rounding) if learned else None
         as_block = block_of(parts, index, before.streams, streams, rounding, reaches)
-        solved = parts.solver.solve(layers, capture, {**tensors, **folded.rewrites}, as_block)
+        scarce = scarce_experts(parts, layers, counted.coverage) if learned and counted else []
+        aside = solve_scarce(parts, index, before.streams, layers, scarce) if scarce else Solved()
+        decided = {layer.ref.name for layer in scarce}
+        others = tuple(layer for layer in layers if layer.ref.name not in decided)
+        solved = parts.solver.solve(others, capture, {**tensors, **folded.rewrites}, as_block)
+        solved.add(aside)
         rewrites = {**folded.rewrites, **self._round_routers(layers, capture, solved)}
         for name in scales:
             solved.packed.update(quantize_cache(parts.skeleton, name, scales[name]))
@@ -113,9 +119,9 @@ class BlockRunner:
         if counted:
             rows = [self._with_routed(row, counted.coverage) for row in rows]
             topped_up = counted.coverage.events()
-            topped_up += [] if capture else counted.coverage.short_of(parts.min_expert_tokens, parts.method.name)
             solved.metrics.update(counted.coverage.metrics())
-        events = [*topped_up, *folded.events, *solved.events, *saturated]
+        # Two captures may have topped up the same experts.
+        events = list(dict.fromkeys([*topped_up, *folded.events, *solved.events, *saturated]))
         saved = None if probe is None else parts.save_probe(index + 1, probe)
         del tensors, solved.packed, capture, counted
         gc.collect()
@@ -192,9 +198,10 @@ class BlockRunner:
     def _with_routed(self, row: Row, coverage: Coverage) -> Row:
         """Say of an expert's weight how many calibration tokens the router sends to it."""
         ref = self._parts.refs[row.name]
-        return (
-            row if ref.where.expert is None else replace(row, routed=coverage.routed.get((ref.owner, ref.where.expert)))
-        )
+        if ref.where.expert is None:
+            return row
+        routed = coverage.routed.get((ref.owner, ref.where.expert))
+        return replace(row, routed=routed, tokens=row.tokens or routed or 0)  # what learns has no statistics to count
 
     def _reaches(self, index: int, before: Unit, rounding: InputRounding) -> Capture | None:
         """Return how far the inputs of the block as it now is reach, if static scales must cover them."""

@@ -9,14 +9,27 @@ from compressor.calibration.coverage import Coverage
 from compressor.calibration.stats import Statistic
 from compressor.engine.experts import find_routers
 from compressor.engine.parts import Parts
+from compressor.engine.solver import Solver
 from compressor.methods.base import Method, RouterMethod, Stream
 from compressor.plan import Kind, LayerPlan
 
 
 def prepare_capture(
-    parts: Parts, layers: Sequence[LayerPlan], specs: tuple[Statistic, ...], among: Sequence[LayerPlan] | None = None
+    parts: Parts,
+    layers: Sequence[LayerPlan],
+    specs: tuple[Statistic, ...],
+    among: Sequence[LayerPlan] | None = None,
+    solver: Solver | None = None,
 ) -> Capture | None:
-    """Prepare accumulators, one per tensor that compressed layers read; routers are looked for `among` layers."""
+    """Prepare accumulators, one per tensor that compressed layers read.
+
+    Args:
+        parts: What the run works on.
+        layers: Tensors of one block.
+        specs: What is collected.
+        among: Where routers are looked for, if not in `layers`.
+        solver: Which will use it, and so divides the layers among processes, if not that of the run.
+    """
     if not specs:
         return None
     widths, modules = {}, {}
@@ -30,9 +43,9 @@ def prepare_capture(
         if layer.ref.fed_by in widths and "#" in layer.ref.fed_by:
             modules[layer.ref.fed_by] = parts.skeleton.model.get_submodule(layer.ref.fed_by.partition("#")[0])
     coverage, routers = Coverage(parts.min_expert_tokens), find_routers(among or layers, parts.skeleton)
-    # What is folded, and a router that is rounded, every process changes for itparts.
+    # What is folded, and a router that is rounded, every process changes for itself.
     by_all = rounds_routers(parts.method) or any(fold.block == layers[0].ref.block for fold in parts.plan.folds)
-    keepers = {} if by_all else parts.solver.division(layers).keepers
+    keepers = {} if by_all else (solver or parts.solver).division(layers).keepers
     return Capture(widths, modules, specs, parts.device, coverage, routers, parts.ranks, keepers)
 
 

@@ -101,23 +101,34 @@ def test_forced_routing_fills_what_the_reserve_cannot(tmp_path: Path) -> None:
             assert weight.any()
 
 
-def test_methods_that_learn_without_statistics_count_and_say_so(tmp_path: Path) -> None:
+@pytest.mark.parametrize("start", ["mse", "gptq"])
+def test_experts_that_a_learning_method_cannot_learn_are_rounded_on_topped_up_statistics(
+    start: str, tmp_path: Path
+) -> None:
     model = models.tiny_olmoe()
     for name, param in model.named_parameters():
         if name.endswith("mlp.gate.weight"):
             param.zero_()  # everything goes to the same two experts
-    settings: dict[str, Any] = {"method": "flexround", "options": {"iters": 1}, "min_expert_tokens": 20}
-    report = run(model, tmp_path, **settings)
+    options = {"iters": 1, "start": start}
+    report = run(model, tmp_path, method="flexround", options=options, min_expert_tokens=20)
     rows = [row for row in report.rows if ".experts." in row.name]
-    assert sorted(row.routed for row in rows) == [0] * 12 + [N_SAMPLES * SEQ_LEN] * 12
-    assert all(row.error is not None for row in rows)
+    assert sorted((row.routed, row.tokens) for row in rows) == [(0, 20)] * 12 + [(N_SAMPLES * SEQ_LEN,) * 2] * 12
+    assert all(row.output_error is not None for row in rows if not row.routed)
     assert [unit["expert_tokens_fewest"] for unit in report.units if "expert_tokens_fewest" in unit] == [0, 0]
-    said = [event for event in report.events if "flexround learns from no others" in event]
-    unreached = [row.name.split(".experts.")[1][0] for row in rows[:12] if not row.routed][::3]
+    said = [event for event in report.events if "gptq rounded those" in event]
+    unreached = sorted(
+        {row.name.split(".experts.")[1][0] for row in rows if not row.routed and ".layers.0." in row.name}
+    )
     assert [event.rpartition(": ")[2] for event in said] == [", ".join(f"{expert} (0)" for expert in unreached)] * 2
-    for name, weight in dequantized(tmp_path / "out"):
-        assert torch.isfinite(weight).all()
-        assert ".experts." not in name or weight.any()
+    assert sum("topped up from calibration tokens" in event for event in report.events) == 2
+    assert report.verification["ok"]
+    learned = dict(dequantized(tmp_path / "out"))
+    run(model, tmp_path, method="gptq", min_expert_tokens=20, output=tmp_path / "gptq")
+    by_gptq = dict(dequantized(tmp_path / "gptq"))
+    first = [row.name for row in rows if not row.routed and ".layers.0." in row.name]
+    assert all(torch.equal(learned[name], by_gptq[name]) for name in first)  # behind the same embeddings
+    reached = [row.name for row in rows if row.routed and ".layers.0." in row.name]
+    assert not any(torch.equal(learned[name], by_gptq[name]) for name in reached)
 
 
 def test_the_default_is_half_a_percent() -> None:
