@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -33,8 +32,7 @@ class RotateHead:
         """Return `x` `[..., size]` rotated, in its dtype; computed in float32."""
         size = x.shape[-1]
         block = min(size & -size, MOST_ROTATED)  # the lowest set bit is the largest power of two that divides
-        rotated: Tensor = x.float().unflatten(-1, (-1, block)) @ hadamard(block, x.device)
-        return rotated.flatten(-2).to(x.dtype)
+        return hadamard(x.float().unflatten(-1, (-1, block))).flatten(-2).to(x.dtype)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return nothing: the head's size says it all."""
@@ -45,18 +43,17 @@ class RotateHead:
         return {"op": "hadamard"}
 
 
-@lru_cache(maxsize=16)
-def hadamard(size: int, device: torch.device) -> Tensor:
-    """Return Sylvester's Hadamard matrix over `sqrt(size)`, float32 `[size, size]`: symmetric and orthogonal.
+def hadamard(x: Tensor) -> Tensor:
+    """Return `x` `[..., size]` times Sylvester's Hadamard matrix over `sqrt(size)`, in its dtype.
 
-    Args:
-        size: A power of two.
-        device: Where it lies.
+    Sums and differences of halves: unlike a matrix product they give the same bits whatever the strides and however
+    many rows there are, and a last bit would tip the rounding that follows. The size is a power of two.
     """
-    matrix = torch.ones(1, 1)
-    while len(matrix) < size:
-        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
-    return matrix.mul_(size**-0.5).to(device)
+    out, width = x, 1
+    while width < x.shape[-1]:
+        first, second = out.unflatten(-1, (-1, 2, width)).unbind(-2)
+        out, width = torch.stack((first + second, first - second), -2).flatten(-3), 2 * width
+    return out.mul(x.shape[-1] ** -0.5)
 
 
 def integer_operands(fmt: InputFormat) -> Mapping[str, tuple[InputOp, ...]]:

@@ -135,6 +135,17 @@ def test_rotating_heads_changes_no_product(size: int) -> None:
     spike = torch.zeros(size)
     spike[0] = 1.0
     assert int((RotateHead().apply(spike) != 0).sum()) == {1: 1, 24: 8, 64: 64, 192: 64, 256: 128}[size]
+    matrix = RotateHead().apply(torch.eye(size))
+    torch.testing.assert_close(matrix @ matrix.T, torch.eye(size))
+    assert torch.equal(matrix, matrix.T)
+
+
+def test_a_rotated_head_has_the_same_bits_however_it_lies_and_whatever_is_beside_it() -> None:
+    """A cache hands keys over in another layout than a projection does; a last bit would tip their rounding."""
+    x = torch.randn(2, 33, 4, 48).transpose(1, 2)  # [batch, heads, tokens, size], as a projection gives it
+    turned = RotateHead().apply(x)
+    assert torch.equal(turned, RotateHead().apply(x.contiguous()))
+    assert torch.equal(turned[:, :, -1:], RotateHead().apply(x[:, :, -1:]))
 
 
 @pytest.mark.parametrize("kind", ["fpq{}", "int{}-token-asym"])
