@@ -1,8 +1,9 @@
-"""Beta-Rank as a method: filters that turn much varied input into little varied output, by weight, stay.
+"""Beta-Rank as a method: filters rank by weight, times the spread of output over that of input.
 
-arXiv 2304.07461. Differs from the published code: windows are cut from the right dimensions, with the layer's own
-padding and stride; all layers are ranked on the same images; whole filters move with everything that belongs to them,
-unscaled; residual sums keep one set of channels. See docs/methods/beta-rank.md.
+arXiv 2304.07461. The published formula has the spreads the other way round (`ratio=in_over_out`). Differs from the
+published code: windows are cut from the right dimensions, with the layer's own padding and stride; all layers are
+ranked on the same images; whole filters move with everything that belongs to them, unscaled; residual sums keep one set
+of channels. See docs/methods/beta-rank.md.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from compressor.vision.ranking import RankingImages, rank_beta
 
 
 class BetaRank:
-    """Ranks filters by `L1 norm * spread of inputs / spread of outputs`."""
+    """Ranks filters by `L1 norm * spread of outputs / spread of inputs`, or the published formula, its inverse."""
 
     name: ClassVar[str] = "beta-rank"
     summary: ClassVar[str] = (
-        "Beta-Rank: remove filters by L1 norm times the spread of input over output; image classifiers"
+        "Beta-Rank: remove filters by L1 norm times the spread of output over input; image classifiers"
     )
     Options = BetaRankOptions
 

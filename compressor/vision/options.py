@@ -65,8 +65,8 @@ class BetaRankOptions(RankedOptions):
     """Options of Beta-Rank."""
 
     ratio: Ratio = Field(
-        "in_over_out",
-        description="spread of inputs over that of outputs (as published), or out_over_in (published code)",
+        "out_over_in",
+        description="spread of outputs over that of inputs (published code), or in_over_out (published formula)",
     )
     robust: bool = Field(False, description="keep nearly constant filters from getting huge scores")
 

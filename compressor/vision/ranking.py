@@ -52,7 +52,7 @@ def l1_norms(layer: nn.Module) -> Tensor:
     return weight.float().flatten(1).abs().sum(1)
 
 
-def beta_rank(norms: Tensor, spread: Spread, ratio: Ratio = "in_over_out", robust: bool = False) -> Tensor:
+def beta_rank(norms: Tensor, spread: Spread, ratio: Ratio, robust: bool = False) -> Tensor:
     """Return the ranking value of every filter of a layer, float32 `[out]`, not normalised.
 
     A filter with no position where both spreads are above `EPS` is dead and gets 0.
@@ -84,7 +84,7 @@ def rank_beta(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
     batches: Iterable[Tensor],
-    ratio: Ratio = "in_over_out",
+    ratio: Ratio,
     robust: bool = False,
 ) -> dict[str, Tensor]:
     """Return the normalised Beta-Rank value of every filter, by layer; see `measure_spread` for what it raises."""

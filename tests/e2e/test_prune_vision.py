@@ -113,7 +113,7 @@ def test_command_line_to_the_table(tmp_path: Path, digits: str) -> None:
 
 def test_same_seed_same_bytes_and_methods_differ(tmp_path: Path, digits: str) -> None:
     model = saved("resnet", tmp_path)
-    runs = {"a": {}, "b": {}, "l1": {"method": "l1"}, "c": {"options": {"ratio": "out_over_in"}}}
+    runs = {"a": {}, "b": {}, "l1": {"method": "l1"}, "c": {"options": {"ratio": "in_over_out"}}}
     files = {}
     for name, extra in runs.items():
         prune(model, data=digits, sparsity=0.5, output=tmp_path / name, finetune=1, **extra)  # type: ignore[arg-type]

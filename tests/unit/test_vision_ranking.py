@@ -22,7 +22,7 @@ def one_by_one() -> tuple[nn.Conv2d, torch.Tensor]:
 def test_one_by_one_by_hand() -> None:
     conv, images = one_by_one()
     spread = measure_spread(conv, {"conv": conv}, [images])["conv"]
-    inputs_over = beta_rank(l1_norms(conv), spread)
+    inputs_over = beta_rank(l1_norms(conv), spread, "in_over_out")
     torch.testing.assert_close(inputs_over, torch.tensor([1.8708287, 3.7416574, 1.2472191]))
     torch.testing.assert_close(normalised(inputs_over), torch.tensor([0.25, 1, 0]))
     outputs_over = beta_rank(l1_norms(conv), spread, "out_over_in")
@@ -32,10 +32,10 @@ def test_one_by_one_by_hand() -> None:
 
 def test_published_ratio_ignores_the_scale_of_a_filter_and_the_other_does_not() -> None:
     conv, images = one_by_one()
-    before = beta_rank(l1_norms(conv), measure_spread(conv, {"c": conv}, [images])["c"])
+    before = beta_rank(l1_norms(conv), measure_spread(conv, {"c": conv}, [images])["c"], "in_over_out")
     conv.weight[1] *= 10
     spread = measure_spread(conv, {"c": conv}, [images])["c"]
-    torch.testing.assert_close(beta_rank(l1_norms(conv), spread), before)
+    torch.testing.assert_close(beta_rank(l1_norms(conv), spread, "in_over_out"), before)
     assert float(beta_rank(l1_norms(conv), spread, "out_over_in")[1]) == pytest.approx(26.726124)
 
 
@@ -48,7 +48,9 @@ def test_padded_window_by_hand_whatever_the_batches(parts: list[int]) -> None:
     images = torch.tensor([[[1.0, 0], [2, 1]], [[0, 1], [1, 3]]]).double()[:, None]
     spread = measure_spread(conv, {"c": conv}, images.split(parts))["c"]
     torch.testing.assert_close(spread.inputs, torch.full((1, 4), 0.8333333))
-    torch.testing.assert_close(4 * beta_rank(l1_norms(conv), spread), torch.tensor([5.8333333, 9.1071429]))
+    torch.testing.assert_close(
+        4 * beta_rank(l1_norms(conv), spread, "in_over_out"), torch.tensor([5.8333333, 9.1071429])
+    )
     torch.testing.assert_close(4 * beta_rank(l1_norms(conv), spread, "out_over_in"), torch.tensor([3.0, 3.375]))
 
 
@@ -83,8 +85,8 @@ def test_linear_layer_is_a_one_by_one_convolution() -> None:
     conv.weight.copy_(linear.weight[:, :, None, None])
     conv.bias.copy_(linear.bias)
     images = torch.randn(6, 4, 4, 5)
-    a = rank_beta(linear, {"x": linear}, [images])["x"]
-    b = rank_beta(conv, {"x": conv}, [images.permute(0, 3, 1, 2)])["x"]
+    a = rank_beta(linear, {"x": linear}, [images], "in_over_out")["x"]
+    b = rank_beta(conv, {"x": conv}, [images.permute(0, 3, 1, 2)], "in_over_out")["x"]
     torch.testing.assert_close(a, b)
 
 
@@ -92,16 +94,16 @@ def test_permuting_filters_permutes_scores() -> None:
     torch.manual_seed(0)
     conv = nn.Conv2d(3, 8, 3).requires_grad_(False)
     images, order = torch.randn(5, 3, 8, 8), torch.randperm(8)
-    before = rank_beta(conv, {"c": conv}, [images])["c"]
+    before = rank_beta(conv, {"c": conv}, [images], "out_over_in")["c"]
     for parameter in (conv.weight, conv.bias):
         parameter.copy_(parameter[order].clone())
-    torch.testing.assert_close(rank_beta(conv, {"c": conv}, [images])["c"], before[order])
+    torch.testing.assert_close(rank_beta(conv, {"c": conv}, [images], "out_over_in")["c"], before[order])
 
 
 def test_dead_filters_score_nothing_and_nearly_dead_ones_are_tamed() -> None:
     spread = Spread(torch.ones(1, 4), torch.tensor([[1.0] * 4, [0.0] * 4, [1e-6] * 4]))
     norms = torch.ones(3)
-    plain, robust = beta_rank(norms, spread), beta_rank(norms, spread, robust=True)
+    plain, robust = (beta_rank(norms, spread, "in_over_out", robust) for robust in (False, True))
     assert plain[1] == robust[1] == 0
     assert float(plain[2]) == pytest.approx(1e6)
     assert 0 < float(robust[2]) <= 1e3 / 1e-3
