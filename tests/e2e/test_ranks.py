@@ -29,6 +29,7 @@ RUNS = {
     "learned": "quantize llama -m flexround -f int3 --option iters=3",
     "inputs and cache": "quantize llama -m gptq -f int8 --inputs int8-tensor --kv-cache fp8",
     "experts": "quantize moe -m gptq -f int4 --min-expert-tokens 90",
+    "scarce experts": "quantize moe -m flexround -f int4 --option iters=2 --min-expert-tokens 110",
     "pruned": "prune llama -m wanda --sparsity 0.5",
 }
 """Name -> verb, model and flags. Between them they use every way in which processes share samples and layers."""
@@ -81,6 +82,7 @@ def test_same_digest_and_bytes_as_one_process(size: int, case: Case, tmp_path: P
         assert [row["tokens"] for row in mine["rows"]] == [row["tokens"] for row in theirs["rows"]]
         assert mine["events"] == theirs["events"]
         assert not (tmp_path / name / ".compress-work").exists()
+    assert "gptq rounded those" in (tmp_path / "scarce experts" / "compress_report.json").read_text()
     assert "verifying" in ended[0].err
     assert [(end.out, end.err) for end in ended[1:]] == [("", "")] * (size - 1), "only process 0 talks"
 
