@@ -12,6 +12,9 @@ from compressor.evals.bench.vision import is_vision
 from compressor.pages.assemble import ROOT
 
 MODEL = "smollm2-135m"
+GROUPED = ("int", "power")
+"""How formats with one scale per 64 inputs begin."""
+
 TOOLS = {"llm-compressor RTN": "llmcompressor rtn", "llm-compressor GPTQ": "llmcompressor gptq"}
 
 
@@ -44,7 +47,7 @@ def row_of(label: str) -> str:
     way, _, fmt = label.replace("*", "").rpartition(", ")
     way = re.sub(r" \(.*?\)", "", way).strip("`").replace(" --effort ", " effort=")
     way = "autoround" if way == "AutoRound" else TOOLS.get(way, way)
-    return f"{fmt} g64 {way}" if fmt.startswith("int") else f"{fmt} {way}"
+    return f"{fmt} g64 {way}" if fmt.startswith(GROUPED) else f"{fmt} {way}"
 
 
 def row_of_command(command: str) -> str:
@@ -52,7 +55,7 @@ def row_of_command(command: str) -> str:
     words = command.split()
     flags = dict(zip(words, [*words[1:], ""], strict=True))
     fmt, inputs = flags.get("--format", "int8"), flags.get("--inputs")
-    group = " g64" if fmt.startswith("int") and not inputs else ""
+    group = " g64" if fmt.startswith(GROUPED) and not inputs else ""
     return f"{fmt}{group} {flags['--method']}" + (f" inputs {inputs}" if inputs else "")
 
 
