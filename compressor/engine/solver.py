@@ -281,18 +281,16 @@ def _scales(decision: Decision) -> list[Scale]:
 
 def _as_stored(weight: Tensor, decision: Decision) -> Tensor:
     """Return the weight as it would be stored unrounded, `[out, in]`: for inputs scaled, rotated or reordered."""
-    turns = _turns(decision)
     for scale in _scales(decision):
         weight = weight / scale.factor
-    return turned_weight(weight, turns) if turns else weight
+    return turned_weight(weight, _turns(decision))
 
 
 def _moment_as_stored(moment: Tensor, decision: Decision) -> Tensor:
     """Return the second moment `[in, in]` of what such a weight reads."""
-    turns = _turns(decision)
     for scale in _scales(decision):
         moment = moment * scale.factor * scale.factor.unsqueeze(1)
-    return turned_moment(moment, turns) if turns else moment
+    return turned_moment(moment, _turns(decision))
 
 
 def _share(mask: Tensor) -> float:

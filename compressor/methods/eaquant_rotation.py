@@ -112,6 +112,8 @@ def turned_weight(weight: Tensor, ops: Sequence[InputOp]) -> Tensor:
 
     Matrices are stored in half precision and hardly orthogonal then: their inverses are used, so the product is exact.
     """
+    if not ops:
+        return weight
     w = weight.double()
     for op in ops:
         if isinstance(op, Permute):
@@ -125,6 +127,8 @@ def turned_weight(weight: Tensor, ops: Sequence[InputOp]) -> Tensor:
 
 def turned_moment(moment: Tensor, ops: Sequence[InputOp]) -> Tensor:
     """Return the second moment of transformed inputs, from that of plain ones `[in, in]`; float32."""
+    if not ops:
+        return moment
     h = moment.double()
     for op in ops:
         for _ in range(2):  # rows, and columns: it is symmetric

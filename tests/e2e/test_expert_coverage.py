@@ -123,6 +123,9 @@ def test_experts_that_a_learning_method_cannot_learn_are_rounded_on_topped_up_st
     assert sum("topped up from calibration tokens" in event for event in report.events) == 2
     assert report.verification["ok"]
     learned = dict(dequantized(tmp_path / "out"))
+    for name, weight in learned.items():
+        assert torch.isfinite(weight).all()
+        assert ".experts." not in name or weight.any()
     run(model, tmp_path, method="gptq", min_expert_tokens=20, output=tmp_path / "gptq")
     by_gptq = dict(dequantized(tmp_path / "gptq"))
     first = [row.name for row in rows if not row.routed and ".layers.0." in row.name]
