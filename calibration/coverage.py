@@ -106,14 +106,10 @@ class Coverage:
             (self.reserve, "further windows of the calibration text"),
             (self.forced, "calibration tokens the router sends elsewhere"),
         ):
-            stacks: dict[str, list[str]] = {}
-            for (stack, expert), n in sorted(counts.items()):
-                if n:
-                    stacks.setdefault(stack, []).append(f"{expert} ({n})")
             out += [
                 f"{stack}: fewer than {self.minimum} tokens reach some experts; topped up from {how}, expert (tokens): "
-                + ", ".join(experts)
-                for stack, experts in stacks.items()
+                + experts
+                for stack, experts in by_stack({expert: n for expert, n in counts.items() if n}).items()
             ]
         return out
 
@@ -128,6 +124,14 @@ class Coverage:
             "expert_tokens_most": max(self.routed.values()),
             "experts_topped_up": len(topped),
         }
+
+
+def by_stack(counts: Mapping[Expert, int]) -> dict[str, str]:
+    """Return stack -> its experts and their counts, as text: `3 (17), 5 (0)`."""
+    stacks: dict[str, list[str]] = {}
+    for (stack, expert), n in sorted(counts.items()):
+        stacks.setdefault(stack, []).append(f"{expert} ({n})")
+    return {stack: ", ".join(experts) for stack, experts in stacks.items()}
 
 
 class ForcedRouting:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from compressor.calibration.coverage import Coverage
+from compressor.calibration.coverage import Coverage, by_stack
 from compressor.calibration.store import Boundary
 from compressor.engine.collecting import prepare_capture
 from compressor.engine.parts import Parts
@@ -48,16 +48,13 @@ def solve_scarce(
     assert capture is not None
     parts.streams.observe(index, before, capture)
     solved = solver.solve(scarce, capture, {}, _no_block)
-    experts: dict[str, list[str]] = {}
-    for (stack, expert), n in sorted(capture.coverage.routed.items()):
-        experts.setdefault(stack, []).append(f"{expert} ({n})")
     learns = parts.method.name
     solved.events = [
         *capture.coverage.events(),
         *(
             f"{stack}: {learns} learns from the tokens a router sends, which are fewer than {parts.min_expert_tokens} "
-            f"for some experts; gptq rounded those, expert (tokens sent): {', '.join(found)}"
-            for stack, found in experts.items()
+            f"for some experts; gptq rounded those, expert (tokens sent): {experts}"
+            for stack, experts in by_stack(capture.coverage.routed).items()
         ),
         *solved.events,
     ]
