@@ -46,7 +46,7 @@ class Problem:
         device: Device type, `cpu` or `cuda`.
         capability: CUDA compute capability; (0, 0) elsewhere.
         scale: Dtype of the stored scales, of formats that leave a choice.
-        rounds: What activations are rounded to, if a kernel may do that itself: `int`, `fp8`, or empty.
+        rounds: What activations are rounded to, if a kernel may do that itself; see `rounding.kind_of`.
     """
 
     op: str

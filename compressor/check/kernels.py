@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
-from compressor.check.checkpoint import Checkpoint
+from compressor.check.checkpoint import Checkpoint, Module
 from compressor.errors import CompressorError
 from compressor.formats.activations import input_format_from
+from compressor.inputs import InputOp, rebuild, stored_slots
 from compressor.kernels import dispatch
+from compressor.kernels.gpu.rounding import kind_of
 from compressor.runtime.swap import empty_inputs, empty_packed
 
 ROWS = (1, 512)
@@ -47,13 +49,17 @@ class KernelRow:
 
 def kernel_table(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> list[KernelRow]:
     """Return the table for activations of `dtype` on `device`, in the order of the layers."""
-    counts: dict[tuple[str, str, tuple[int, int]], list[str]] = {}
+    counts: dict[tuple[str, str, tuple[int, int], str], list[str]] = {}
     for module in checkpoint.modules.values():
         if module.scheme is not None and module.shape is not None:
-            key = (pattern_of(module.name), str(module.scheme), module.shape)
+            try:
+                rounds = kind_of(_inputs(checkpoint, module, dtype))
+            except CompressorError:
+                rounds = ""  # the row says what is wrong
+            key = (pattern_of(module.name), str(module.scheme), module.shape, rounds)
             counts.setdefault(key, []).append(module.name)
     rows = []
-    for (pattern, text, shape), names in counts.items():
+    for (pattern, text, shape, _), names in counts.items():
         for m, kernel, others in _answers(checkpoint, names[0], device, dtype):
             rows.append(KernelRow(pattern, len(names), text, shape, m, kernel, others))
     return rows
@@ -74,9 +80,7 @@ def _answers(
     try:
         fmt = module.scheme.format(checkpoint.dtype)
         packed = empty_packed(fmt, module.shape)
-        stored = module.scheme.inputs
-        steps = module.scheme.steps if stored is None else (input_format_from(stored).describe(),)
-        inputs = empty_inputs(steps, module.shape, dtype)
+        inputs = _inputs(checkpoint, module, dtype)
         found: list[tuple[list[int], str, dict[str, str]]] = []
         for m in ROWS:
             problem = dispatch.linear_problem(packed, fmt, m, dtype, device, inputs)
@@ -92,3 +96,16 @@ def _answers(
         return
     for m_list, kernel, reasons in found:
         yield tuple(m_list), kernel, reasons
+
+
+def _inputs(checkpoint: Checkpoint, module: Module, dtype: torch.dtype) -> tuple[InputOp, ...]:
+    """Return what happens to a module's input: empty tensors, but for small floats, whose split decides."""
+    assert module.scheme is not None
+    assert module.shape is not None
+    stored = module.scheme.inputs
+    steps = module.scheme.steps if stored is None else (input_format_from(stored).describe(),)
+    if not any(step.get("op") == "float" for step in steps):
+        return empty_inputs(steps, module.shape, dtype)
+    names = {suffix: f"{module.name}.{suffix}" for suffix in stored_slots(steps, module.shape, dtype)}
+    tensors = checkpoint.read(name for name in names.values() if name in checkpoint.tensors)
+    return rebuild(steps, {suffix: tensors[name] for suffix, name in names.items() if name in tensors})

@@ -10,7 +10,8 @@ from torch import Tensor
 from compressor.formats import get_format
 from compressor.formats.activations import INPUT_FORMATS
 from compressor.formats.base import PackedTensor, QuantFormat
-from compressor.inputs import InputOp, Permute, Quantize, Rotate, Scale, Shift
+from compressor.formats.small_floats import exponent_codes, largest_value
+from compressor.inputs import InputOp, Permute, Quantize, Rotate, RoundFloat, Scale, Shift
 from compressor.kernels.gpu.rounding import Rounding, codes_of, fused
 from compressor.testing.kernels import DTYPES, KernelResult
 
@@ -22,12 +23,12 @@ class IntCase:
     Attributes:
         format: Name of the weight's format.
         group: Its group size; None for whole rows, -1 for one scale in all.
-        inputs: Name of the format of inputs.
+        inputs: Name of the format of inputs; `fpq4:1` are small floats of 4 bits with one mantissa bit.
         m: Rows of activations.
         n: Rows of the weight.
         k: Columns of both.
         dtype: Dtype of activations.
-        treated: Whether inputs are reordered, shifted and scaled first.
+        treated: Whether inputs are reordered, shifted and scaled first; small floats: whether channels are shifted.
         rotated: Columns of the blocks that are turned after they are reordered; 0: none.
         x: `normal`, `outliers` (some columns 100 times as large), `zeros` (some rows), or `nan` (one of them).
         bias: Whether there is a bias.
@@ -73,7 +74,7 @@ def check(case: IntCase, device: str = "cpu") -> KernelResult:
     w = torch.randn(case.n, case.k, generator=generator) * torch.linspace(0.01, 2, case.n)[:, None]
     q = fmt.fit(w)
     codes = fmt.encode(w, q)
-    if INPUT_FORMATS[case.inputs].kind == "float":
+    if case.inputs.startswith("fp8"):
         return _check_floats(case, fmt.pack(codes, q), fmt, generator, device)
     weight, dense = int_weight.prepare(fmt.pack(codes, q), fmt), fmt.decode(codes, q)
     x = _activations(case, generator)
@@ -165,6 +166,8 @@ def _near(found: tuple[Tensor, Tensor, Tensor], reference: tuple[Tensor, Tensor,
 
 
 def _ops(case: IntCase, generator: torch.Generator) -> tuple[InputOp, ...]:
+    if case.inputs.startswith("fpq"):
+        return (_small_floats(case, generator),)
     fmt = INPUT_FORMATS[case.inputs]
     last = Quantize(fmt, torch.tensor([0.02]) if fmt.static else None, 1.0 if fmt.static else 0.95)
     size = case.rotated
@@ -177,6 +180,15 @@ def _ops(case: IntCase, generator: torch.Generator) -> tuple[InputOp, ...]:
     order = torch.randperm(case.k, generator=generator)
     shift, factor = torch.randn(case.k, generator=generator), torch.rand(case.k, generator=generator) + 0.5
     return Permute(order), *turn, Shift(shift), Scale(factor), last
+
+
+def _small_floats(case: IntCase, generator: torch.Generator) -> RoundFloat:
+    """Return an operation that saturates some inputs and rounds some to zero; exponents of channels take all values."""
+    bits, mantissa = (int(number) for number in case.inputs.removeprefix("fpq").split(":"))
+    most = exponent_codes(bits, mantissa) if case.treated else 1
+    k = torch.randint(most, (case.k,), generator=generator).to(torch.int8)
+    scale = torch.tensor([2.0 / largest_value(bits, mantissa)])
+    return RoundFloat(bits, scale, torch.tensor([mantissa], dtype=torch.uint8), k)
 
 
 def _activations(case: IntCase, generator: torch.Generator) -> Tensor:

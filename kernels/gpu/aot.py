@@ -158,7 +158,9 @@ def compile_int(bits: int, group: int, m: int, arch: int, split: int = 1) -> Com
     return _compile(int_matmul, constexprs, lambda name: types.get(name, "i32"), arch, tile, per_lane)
 
 
-def compile_quantize(arch: int, symmetric: bool, treated: bool, floating: bool = False) -> Compiled:
+def compile_quantize(
+    arch: int, symmetric: bool, treated: bool, floating: bool = False, mantissa: int | None = None
+) -> Compiled:
     """Compile `quantize_rows` for bfloat16; it has no hot loop.
 
     Args:
@@ -166,6 +168,7 @@ def compile_quantize(arch: int, symmetric: bool, treated: bool, floating: bool =
         symmetric: Whether there are no zero points.
         treated: Whether channels are reordered, shifted and scaled.
         floating: Whether they become 8-bit floats.
+        mantissa: Mantissa bits of the 4-bit floats that they become as integers, with scales of their own; None: none.
     """
     from compressor.kernels.gpu.quantize import quantize_rows
 
@@ -173,6 +176,9 @@ def compile_quantize(arch: int, symmetric: bool, treated: bool, floating: bool =
     types |= {name: "*fp32" for name in ("shift_ptr", "factor_ptr", "step_ptr", "scale_ptr")}
     constexprs: dict[str, Any] = {f"HAS_{name}": treated for name in ("ORDER", "SHIFT", "FACTOR")}
     constexprs |= {"STATIC": False, "SYMMETRIC": symmetric, "FLOATING": floating, "BITS": 8, "BLOCK": QUANTIZE_COLUMNS}
+    constexprs |= {"MANTISSA": -1, "OFFSET": 0}
+    if mantissa is not None:
+        constexprs |= {"STATIC": True, "BITS": 4, "MANTISSA": mantissa, "OFFSET": 1, "HAS_FACTOR": True}
     tile = Tile(0, 0, QUANTIZE_COLUMNS, 8, 1)
     return _compile(quantize_rows, constexprs, lambda name: types.get(name, "i32"), arch, tile, 1.0)
 

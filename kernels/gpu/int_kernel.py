@@ -60,7 +60,7 @@ class RoundedLinear:
 
 def accepts(problem: Problem) -> str | None:
     """Return why the integer kernels cannot do a problem, or None."""
-    if problem.rounds != "int":
+    if problem.rounds not in ("int", "split"):
         return "multiplies integers, and its inputs are not rounded to any"
     return refuse_device(problem) or int_weight.refuse(problem.format, problem.k, problem.group)
 

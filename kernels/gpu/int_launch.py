@@ -73,8 +73,9 @@ def quantize(x: Tensor, rounding: Rounding, columns: int) -> tuple[Tensor, Tenso
         codes.stride(0), rounding.clip,
         HAS_ORDER=rounding.order.numel() > 0, HAS_SHIFT=rounding.shift.numel() > 0,
         HAS_FACTOR=rounding.factor.numel() > 0, STATIC=rounding.step.numel() > 0, SYMMETRIC=rounding.symmetric,
-        FLOATING=rounding.floating, BITS=rounding.bits, BLOCK=block, num_warps=8 if block > 1024 else 4,
-        enable_fp_fusion=False,
+        FLOATING=rounding.floating, BITS=rounding.bits, BLOCK=block,
+        MANTISSA=-1 if rounding.mantissa is None else rounding.mantissa, OFFSET=rounding.offset,
+        num_warps=8 if block > 1024 else 4, enable_fp_fusion=False,
     )  # fmt: skip
     return codes, scale, zero
 

@@ -24,6 +24,7 @@ def linear(x: Tensor, weight: IntWeight, rounding: Rounding, bias: Tensor | None
     out: Tensor = int_linear(
         x, *weight.tensors, None if bias is None else bias.to(x.dtype), *rounding.tensors, rounding.matrix, weight.bits,
         weight.shape[0], weight.shape[1], weight.group, rounding.bits, rounding.symmetric, rounding.clip,
+        rounding.mantissa, rounding.offset,
     )  # fmt: skip
     return out
 
@@ -47,6 +48,8 @@ def int_linear(
     input_bits: int,
     symmetric: bool,
     clip: float,
+    mantissa: int | None,
+    offset: int,
 ) -> Tensor:
     """See `linear`; attributes one by one."""
     if x.shape[-1] != k:
@@ -54,7 +57,9 @@ def int_linear(
     if x.device != words.device:
         raise UnsupportedError(f"inputs on {x.device}, the weight on {words.device}", "move one to the other")
     weight = IntWeight(bits, (n, k), group, words, scale, sums)
-    rounding = Rounding(input_bits, symmetric, clip, step, order, shift, factor, matrix=matrix)
+    rounding = Rounding(
+        input_bits, symmetric, clip, step, order, shift, factor, matrix=matrix, mantissa=mantissa, offset=offset
+    )
     flat = x.reshape(-1, k)
     if x.device.type != "cuda":
         out = reference(flat, weight, rounding, bias)
@@ -85,6 +90,8 @@ def _(
     input_bits: int,
     symmetric: bool,
     clip: float,
+    mantissa: int | None,
+    offset: int,
 ) -> Tensor:
     torch._check(x.shape[-1] == k, lambda: f"inputs of {x.shape[-1]} columns for a weight of {k}")
     return x.new_empty(*x.shape[:-1], n)

@@ -2,7 +2,7 @@
 """Activations to integers or 8-bit floats, before a product of such.
 
 One program per row: reorder, shift and scale channels, then find one scale for the row. Every operation rounds as
-`compressor.inputs` does, so codes are the ones that are simulated there.
+`compressor.inputs` does, so codes are the ones that are simulated there. LLM-FP4's small floats come out as integers.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ def quantize_rows(
     codes_stride, clip,
     HAS_ORDER: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_FACTOR: tl.constexpr, STATIC: tl.constexpr,
     SYMMETRIC: tl.constexpr, FLOATING: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
+    MANTISSA: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
     """Write the codes, scale and zero point of one row of `x` per program.
 
@@ -44,6 +45,8 @@ def quantize_rows(
         FLOATING: Whether codes are the bytes of E4M3 floats, not integers.
         BITS: Bits of a code.
         BLOCK: Columns per step.
+        MANTISSA: Mantissa bits of small floats, which codes are as integers; -1 if they are none.
+        OFFSET: See `rounding.Rounding`.
     """
     row = tl.program_id(0)
     x_ptr += row.to(tl.int64) * x_stride
@@ -65,8 +68,16 @@ def quantize_rows(
     for start in range(0, columns, BLOCK):
         offs = start + inside
         v = _treated(x_ptr, order_ptr, shift_ptr, factor_ptr, offs, k, HAS_ORDER, HAS_SHIFT, HAS_FACTOR)
-        code = codes_of(v, scale, zero, FLOATING, BITS)
+        if MANTISSA < 0:
+            code = codes_of(v, scale, zero, FLOATING, BITS)
+        else:
+            factor = tl.full((BLOCK,), 1.0, tl.float32)
+            if HAS_FACTOR:
+                factor = tl.load(factor_ptr + offs, mask=offs < k, other=1.0)
+            code = _whole(tl.div_rn(v, tl.zeros_like(v) + scale), factor, BITS, MANTISSA, OFFSET)
         tl.store(codes_ptr + offs, tl.where(offs < k, code, 0).to(tl.int8), mask=offs < columns)
+    if MANTISSA >= 0:
+        scale *= 2.0 ** (1 - MANTISSA - OFFSET)
     tl.store(scale_ptr + row, tl.where(tl.max(wrong, 0) > 0, float("nan"), scale))
 
 
@@ -125,6 +136,20 @@ def codes_of(v, scale, zero, FLOATING: tl.constexpr, BITS: tl.constexpr):
     """Return the codes of float32 `v`, int32; scale and zero point may be broadcast."""
     z = tl.div_rn(v, tl.zeros_like(v) + scale)
     return _e4m3(z) if FLOATING else _round(_clamp(z + zero, 2 ** (BITS - 1))).to(tl.int32)
+
+
+@triton.jit
+def _whole(z, factor, BITS: tl.constexpr, MANTISSA: tl.constexpr, OFFSET: tl.constexpr):
+    """Round float32 `z` to small floats at bias 0, ties to even; return them as integers, int32.
+
+    In units of the smallest, `2^(1 - MANTISSA)`, times `2^OFFSET / factor`. All steps but the rounding are exact.
+    """
+    EXPONENTS: tl.constexpr = 2 ** (BITS - 1 - MANTISSA)
+    LARGEST: tl.constexpr = (2 - 2.0**-MANTISSA) * 2.0 ** (EXPONENTS - 1)
+    z = tl.minimum(tl.maximum(z, -LARGEST), LARGEST)
+    binade = tl.maximum((z.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True), 2.0)
+    count = _round(tl.div_rn(z * 2.0**MANTISSA, binade))
+    return (count * binade * tl.div_rn(tl.full(z.shape, 2.0 ** (OFFSET - 1), tl.float32), factor)).to(tl.int32)
 
 
 @triton.jit

@@ -147,9 +147,9 @@ def test_integers_on_sm_90_spend_few_instructions(bits: int, group: int) -> None
     assert compiled.per_weight <= INT_CEILINGS[bits, group]
 
 
-@pytest.mark.parametrize("treated", [False, True])
-def test_rounding_inputs_reads_and_writes_wide(treated: bool) -> None:
-    compiled = compile_quantize(90, symmetric=True, treated=treated)
+@pytest.mark.parametrize(("treated", "mantissa"), [(False, None), (True, None), (False, 1)])
+def test_rounding_inputs_reads_and_writes_wide(treated: bool, mantissa: int | None) -> None:
+    compiled = compile_quantize(90, symmetric=True, treated=treated, mantissa=mantissa)
     assert compiled.spills == 0
     names = [text.split()[0 if not text.startswith("@") else 1] for text in compiled.instructions]
     assert any(name.startswith("STG") and (".64" in name or ".128" in name) for name in names)

@@ -91,6 +91,18 @@ def test_integers_are_exact(name: str, group: int | None, inputs: str) -> None:
             assert result.repeatable
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("inputs", ["fpq4:1", "fpq4:2"])
+def test_small_floats_become_integers(inputs: str, dtype: str) -> None:
+    for m, n, k in ((1, 256, 4096), (16, 200, 1152), (300, 320, 5000)):
+        for x in ("normal", "nan"):
+            result = int_kernels.check(IntCase("fp4", None, inputs, m, n, k, dtype, treated=m > 1, x=x), "cuda")
+            assert result.weights_exact
+            assert result.error < 1e-6
+            assert result.clean
+            assert result.repeatable
+
+
 @pytest.mark.parametrize("size", [16, 128])
 @pytest.mark.parametrize("inputs", ["int8-token", "int4-token-asym"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])

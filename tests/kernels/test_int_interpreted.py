@@ -18,6 +18,11 @@ CASES = [
     *(IntCase("int8-bytes", None, i, 4, 40, 144, d, treated=True) for i in INPUTS[:3] for d in ("float16", "float32")),
     *(IntCase("int8-bytes", None, "int8-token", 4, 40, 144, x=x) for x in ("outliers", "zeros", "nan")),
     IntCase("int8-bytes", None, "int8-token-asym", 4, 40, 144, x="nan"),
+    # LLM-FP4's small floats as integers, with and without powers of two per channel.
+    *(IntCase("fp4", None, f"fpq4:{m}", 5, 40, 144, treated=shifted) for m in (1, 2) for shifted in (False, True)),
+    *(IntCase("int8-bytes", None, inputs, 5, 40, 144, "bfloat16") for inputs in ("fpq4:0", "fpq6:3", "fpq6:4")),
+    IntCase("fp4", None, "fpq4:1", 6, 40, 256, "float32", treated=True, bias=True),
+    *(IntCase("fp4", None, "fpq4:1", 4, 40, 144, treated=True, x=x) for x in ("outliers", "zeros", "nan")),
     # Programs that share the work along K, evenly and not.
     *(IntCase("int8-bytes", None, "int8-token-asym", 5, 130, 1024, tile=SMALL, split=s, bias=True) for s in (2, 3, 8)),
     *(IntCase("int4", group, "int8-token-asym", 5, 64, 1024, tile=SMALL, split=3) for group in (None, 64, 128)),

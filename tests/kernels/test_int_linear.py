@@ -13,13 +13,14 @@ from compressor.formats import get_format
 from compressor.formats.activations import INPUT_FORMATS
 from compressor.formats.base import PackedTensor, QuantFormat
 from compressor.formats.float4 import SPLITS, Float4
-from compressor.inputs import InputOp, Permute, Quantize, Rotate, Scale, Shift, apply_ops
+from compressor.inputs import InputOp, Permute, Quantize, Rotate, RoundFloat, Scale, Shift, apply_ops
 from compressor.kernels import dispatch
 from compressor.kernels.dispatch import Kernel, Problem
 from compressor.kernels.gpu import int_kernel, int_ops, int_weight, rounding
 from compressor.kernels.gpu.int_launch import int_tile
 from compressor.kernels.gpu.int_weight import HALF, IntWeight, pack_bytes, unpack_bytes
 from compressor.kernels.gpu.rounding import codes_of, fused
+from compressor.kernels.reference.small_floats import float_linear, input_integers, unit
 from compressor.runtime.modules import PackedLinear
 
 CPU = torch.device("cpu")
@@ -154,6 +155,69 @@ def test_a_rotation_of_fitting_size_runs_in_the_kernel_that_rounds(dtype: torch.
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("bits", "mantissa", "most"), [(4, 1, 3), (4, 1, 0), (4, 2, 1), (4, 0, 0), (6, 3, 1), (6, 4, 1)]
+)
+def test_small_floats_become_the_integers_of_the_oracle(
+    bits: int, mantissa: int, most: int, dtype: torch.dtype
+) -> None:
+    op = small_floats(bits, mantissa, most, 48)
+    before, end = fused((op,), CPU)
+    assert before == ()
+    x = activations(7, 48, dtype)
+    x[3] = 0
+    x[4, 2] = torch.inf if most else 6e4
+    x[5, ::2] = -x[5, ::2]
+    codes, scale, zero = codes_of(x, end)
+    attached = input_integers(x, op) << (most - op.k.long())
+    assert torch.equal(codes.long(), attached)
+    assert int(codes.abs().max()) <= 127
+    assert not zero.any()
+    assert torch.equal(scale, (op.scale * unit(mantissa) * 2.0**-most).expand(7))
+    # What is stored rounds the product of value and scale; powers of two change nothing.
+    simulated = (input_integers(x, op).double() * op.scale.double() * unit(mantissa)).float() * 2.0 ** -op.k.float()
+    assert torch.equal(op.apply(x), simulated.to(dtype))
+    assert torch.equal((codes.double() * scale.double()[:, None]).float().to(dtype), simulated.to(dtype))
+
+
+def small_floats(bits: int, mantissa: int, most: int, k: int) -> RoundFloat:
+    shifts = torch.arange(k).remainder(most + 1).to(torch.int8)
+    return RoundFloat(bits, torch.tensor([0.3]), torch.tensor([mantissa], dtype=torch.uint8), shifts)
+
+
+@pytest.mark.parametrize(
+    ("bits", "mantissa", "most", "kind"),
+    [
+        (4, 0, 1, ""),
+        (6, 3, 2, ""),
+        (6, 2, 0, ""),
+        (8, 4, 0, ""),
+        (4, 0, 0, "split"),
+        (4, 1, 3, "split"),
+        (4, 2, 1, "split"),
+        (6, 4, 1, "split"),
+    ],
+)
+def test_small_floats_beyond_a_byte_are_left_to_plain_operations(
+    bits: int, mantissa: int, most: int, kind: str
+) -> None:
+    assert rounding.kind_of((small_floats(bits, mantissa, most, 16),)) == kind
+
+
+@pytest.mark.parametrize("split", ["e2m1", "e1m2", "e3m0"])
+def test_products_of_small_floats_equal_the_oracle(split: str) -> None:
+    packed, fmt, _ = packed_of(f"fp4:{split}", None, 24, 192)
+    assert isinstance(fmt, Float4)
+    op = small_floats(4, 1, 3, 192)
+    x = activations(5, 192, torch.float32)
+    found = int_kernel.prepare(packed, fmt, (op,)).linear(x, None, torch.float32)
+    expected = float_linear(x, packed, fmt, op)
+    assert (found - expected).norm() / expected.norm() < 1e-6
+    end = fused((op,), CPU)[1]
+    torch.library.opcheck(int_ops.int_linear, arguments(x, int_weight.prepare(packed, fmt), end, None))
+
+
 def test_nan_in_a_row_makes_the_row_nan_and_no_other() -> None:
     packed, fmt, _ = packed_of("int8-bytes", None, 8, 32)
     x = activations(3, 32, torch.float32)
@@ -178,7 +242,7 @@ def test_the_operator_equals_the_simulation(name: str, weight: str, group: int |
 
 
 def arguments(x: Tensor, w: IntWeight, end: rounding.Rounding, bias: Tensor | None) -> tuple[object, ...]:
-    kinds = (w.bits, *w.shape, w.group, end.bits, end.symmetric, end.clip)
+    kinds = (w.bits, *w.shape, w.group, end.bits, end.symmetric, end.clip, end.mantissa, end.offset)
     return (x, *w.tensors, bias, *end.tensors, end.matrix, *kinds)
 
 
@@ -206,6 +270,8 @@ def test_dispatch_picks_integers_only_where_both_sides_are_integers() -> None:
     assert dispatch.pick(replace(GPU, format="int4", group=128)).name == "triton-int"
     assert dispatch.pick(replace(GPU, format="int6")).name == "triton-int"
     assert dispatch.pick(replace(GPU, format="fp4")).name == "triton-int"
+    assert dispatch.pick(replace(GPU, format="fp4", rounds="split")).name == "triton-int"
+    assert dispatch.pick(replace(GPU, rounds="split", device="cpu", capability=(0, 0))).name != "cpu-int"
     reasons = {
         "not rounded": replace(GPU, rounds=""),
         "int8-asym": replace(GPU, format="int8-asym"),
