@@ -12,7 +12,7 @@ from pathlib import Path
 
 from compressor.evals.bench.row import Row
 from compressor.evals.bench.table import TABLES, read_table
-from compressor.evals.bench.vision import is_vision
+from compressor.evals.bench.vision_table import is_vision
 
 MODEL = "smollm2-135m"
 """The model whose rows say what a method costs."""

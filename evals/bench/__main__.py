@@ -110,7 +110,8 @@ def settings_of(options: argparse.Namespace, path: Path) -> Settings:
 def _run(options: argparse.Namespace) -> int:
     # Imported here: it loads torch, which pages are made without.
     from compressor.evals.bench.runner import run_table
-    from compressor.evals.bench.vision import is_vision, run_vision_table
+    from compressor.evals.bench.vision import run_vision_table
+    from compressor.evals.bench.vision_table import is_vision
 
     path = find_table(options.table)
     settings = settings_of(options, path)
@@ -143,14 +144,16 @@ def _render(options: argparse.Namespace) -> int:
 
 def _write_page(path: Path, results: Path | None) -> Path:
     page = path.with_suffix(".md")
-    from compressor.evals.bench.vision import is_vision, render_vision
+    from compressor.evals.bench.vision_page import render_vision
+    from compressor.evals.bench.vision_table import is_vision
 
     save(page, render_vision(path, results) if is_vision(path) else render_table(path, results))
     return page
 
 
 def _list(options: argparse.Namespace) -> int:
-    from compressor.evals.bench.vision import is_vision, progress_of
+    from compressor.evals.bench.vision import progress_of
+    from compressor.evals.bench.vision_table import is_vision
 
     for path in sorted(TABLES.glob("*.yaml")):
         if is_vision(path):

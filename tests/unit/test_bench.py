@@ -25,7 +25,8 @@ from compressor.evals.bench.render import render_table
 from compressor.evals.bench.runner import Settings, Summary, run_table
 from compressor.evals.bench.stock import evaluation_from_scores
 from compressor.evals.bench.table import TABLES, read_table
-from compressor.evals.bench.vision import is_vision, read_vision_table, render_vision
+from compressor.evals.bench.vision_page import render_vision
+from compressor.evals.bench.vision_table import is_vision, read_vision_table
 from compressor.files import sha256_file
 from compressor.testing.models import tiny_llama
 from compressor.testing.tools import save_checkpoint, write_text

@@ -10,7 +10,9 @@ import yaml
 from compressor.errors import CheckpointError, RecipeError
 from compressor.evals.bench.runner import Settings
 from compressor.evals.bench.table import TABLES
-from compressor.evals.bench.vision import is_vision, read_vision_table, render_vision, run_vision_table
+from compressor.evals.bench.vision import run_vision_table
+from compressor.evals.bench.vision_page import render_vision
+from compressor.evals.bench.vision_table import is_vision, read_vision_table
 from compressor.testing.images import rare_digits
 from compressor.vision import experiment
 from compressor.vision.experiment import Experiment, run

@@ -8,7 +8,7 @@ import pytest
 
 from compressor.evals.bench.record import Record, read_record
 from compressor.evals.bench.table import RESULTS, TABLES, read_table
-from compressor.evals.bench.vision import is_vision
+from compressor.evals.bench.vision_table import is_vision
 from compressor.pages.assemble import ROOT
 
 MODEL = "smollm2-135m"

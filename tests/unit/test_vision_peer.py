@@ -11,7 +11,7 @@ import torch
 
 from compressor.errors import RecipeError
 from compressor.evals.bench.table import TABLES
-from compressor.evals.bench.vision import read_vision_table
+from compressor.evals.bench.vision_table import read_vision_table
 from compressor.testing.images import tiny_classifier
 from compressor.vision.complexity import count_macs, count_parameters
 from compressor.vision.experiment import Arm, described
