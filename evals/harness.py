@@ -8,12 +8,10 @@ bootstrap, progress bars, log messages and environment reports are turned off.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from inspect import getsource
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -32,7 +30,6 @@ from compressor.errors import (
     CompressorError,
     HubError,
     RecipeError,
-    UnsupportedError,
     VerificationError,
     did_you_mean,
 )
@@ -40,6 +37,14 @@ from compressor.evals.columns import collect
 from compressor.evals.isolation import outside_of, seeded, silenced
 from compressor.evals.minimal_pairs import read_pairs
 from compressor.evals.results import TaskResult
+from compressor.evals.task_objects import (
+    absolute_files,
+    aggregation_names,
+    chosen_documents,
+    definition_hash,
+    listed_files,
+    refuse_task,
+)
 from compressor.evals.tasks import BUILT_IN, Kind, TaskSpec
 from compressor.offline import forbidden_by
 from compressor.report import Progress, Silent
@@ -147,7 +152,7 @@ class Harness:
                 bootstrap_iters=0,
                 log_samples=True,
             )
-        kinds = {key: _aggregation_names(single) for key, single in task.tasks.items()}
+        kinds = {key: aggregation_names(single) for key, single in task.tasks.items()}
         metrics, samples = collect(name, found, kinds, task.group_by)
         return TaskResult(task.version, task.settings, metrics, samples)
 
@@ -167,17 +172,17 @@ class Harness:
         with _failures(spec.name, local):
             tasks = manager.load([source])["tasks"]
             for key, task in tasks.items():
-                _refuse(key, task)
+                refuse_task(key, task)
                 self._set_fewshot(key, task, spec.num_fewshot)
             name = spec.name if spec.kind is Kind.REGISTRY or spec.pairs else next(iter(tasks))
             metadata = [task.get_config("metadata") or {} for task in tasks.values()]
             group_by = metadata[0].get("group_by") if len(tasks) == 1 else None
-            documents = {key: _chosen(task, spec.limit, group_by) for key, task in tasks.items()}
+            documents = {key: chosen_documents(task, spec.limit, group_by) for key, task in tasks.items()}
             shots = sorted({int(task.get_config("num_fewshot") or 0) for task in tasks.values()})
             settings: dict[str, Any] = {
                 "num_fewshot": shots[0] if len(shots) == 1 else shots,
                 "limit": spec.limit,
-                "definition": _definition_hash(tasks, documents),
+                "definition": definition_hash(tasks, documents),
             }
             if spec.pairs:
                 settings["data"] = spec.pairs.name
@@ -201,15 +206,15 @@ class Harness:
         local = config.get("dataset_path") in _LOCAL or "custom_dataset" in config
         if config.get("dataset_path") in _LOCAL:
             given = dict(config.get("dataset_kwargs") or {})
-            files = _absolute(given.get("data_files"), spec.path.resolve().parent)
+            files = absolute_files(given.get("data_files"), spec.path.resolve().parent)
             if spec.pairs is not None:
                 config["task"], files = spec.name, {"test": str(self._pairs(spec.pairs))}
-            for file in _files(files):
+            for file in listed_files(files):
                 if "://" not in file and not any(character in file for character in "*?[") and not Path(file).is_file():
                     raise CheckpointError(
                         f"{spec.path}: its data {file} is not there", "paths are relative to the YAML"
                     )
-            local = all("://" not in file for file in _files(files))
+            local = all("://" not in file for file in listed_files(files))
             config["dataset_kwargs"] = {**given, "data_files": files, "cache_dir": self._folder.name}
         return config, local
 
@@ -276,73 +281,6 @@ class _LanguageModel(HFLM):  # type: ignore[misc]
             self._tenths = tenths
             self._progress.stage(f"{self._task}: {self._done} of {self._wanted} requests")
         return logits
-
-
-def _refuse(name: str, task: Any) -> None:
-    if getattr(task, "UNSAFE_CODE", False):
-        raise UnsupportedError(f"task {name} runs code that the model writes", "run it with lm-eval in a sandbox")
-    if getattr(task, "MULTIMODAL", False):
-        raise UnsupportedError(f"task {name} shows images or plays sound", "choose a task that is text only")
-
-
-def _chosen(task: Any, limit: int | None, group_by: str | None) -> list[int]:
-    """Return the indices of the documents to use: the first `limit`, of each group if there are groups."""
-    documents = task.eval_docs
-    if group_by is None:
-        return list(range(len(documents) if limit is None else min(limit, len(documents))))
-    seen: dict[str, int] = {}
-    chosen = []
-    for index, document in enumerate(documents):
-        group = str(document[group_by])
-        seen[group] = seen.get(group, 0) + 1
-        if limit is None or seen[group] <= limit:
-            chosen.append(index)
-    return chosen
-
-
-def _definition_hash(tasks: Mapping[str, Any], documents: Mapping[str, list[int]]) -> str:
-    """Hash what the scores depend on: each task's configuration, without paths, and its documents."""
-    digest = hashlib.sha256()
-    for name, task in tasks.items():
-        config = dict(task.dump_config())
-        config.pop("dataset_kwargs", None)
-        config["metadata"] = {k: v for k, v in (config.get("metadata") or {}).items() if k != "config_source"}
-        digest.update(json.dumps([name, config], sort_keys=True, default=_describe).encode())
-        chosen = set(documents[name])
-        for index, document in enumerate(task.eval_docs):
-            if index in chosen:
-                digest.update(json.dumps(document, sort_keys=True, default=str).encode())
-    return digest.hexdigest()[:16]
-
-
-def _describe(value: Any) -> str:
-    """Describe a function by its source and anything else by its type: never by its address in memory."""
-    if callable(value):
-        with contextlib.suppress(TypeError, OSError):
-            return getsource(value)
-    return f"{type(value).__module__}.{getattr(value, '__qualname__', type(value).__qualname__)}"
-
-
-def _aggregation_names(task: Any) -> dict[str, str]:
-    """Return metric -> name of the function that aggregates it."""
-    return {metric: getattr(function, "__name__", "?") for metric, function in task.aggregation().items()}
-
-
-def _absolute(files: Any, folder: Path) -> Any:
-    """Make local paths absolute, in whatever shape the datasets library takes them."""
-    if isinstance(files, str):
-        return files if "://" in files else str(folder / files)
-    if isinstance(files, Mapping):
-        return {split: _absolute(part, folder) for split, part in files.items()}
-    return [_absolute(part, folder) for part in files or ()]
-
-
-def _files(files: Any) -> Iterator[str]:
-    if isinstance(files, str):
-        yield files
-    else:
-        for part in files.values() if isinstance(files, Mapping) else files:
-            yield from _files(part)
 
 
 def _first_line(error: BaseException) -> str:

@@ -25,7 +25,8 @@ def push(
 ) -> None:
     """Upload a result to the Hub with a model card, in one commit."""
     if card:
-        from compressor.ship.card import make_card, origin_of
+        from compressor.ship.card import make_card
+        from compressor.ship.origin import origin_of
 
         sys.stdout.write(make_card(directory, repo, origin_of(directory)))
         return

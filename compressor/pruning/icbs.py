@@ -17,10 +17,8 @@ Differs from the paper:
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from hashlib import sha256
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,6 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from compressor.calibration.precision import products
 from compressor.decision import Outcome
 from compressor.errors import CheckpointError, RecipeError
 from compressor.files import sha256_file
@@ -37,10 +34,11 @@ from compressor.methods.base import Layer, Stream
 from compressor.plan import Kind, LayerPlan, Plan
 from compressor.pruning.base import PruneOptions, PruningMethod, masked
 from compressor.pruning.candidates import Choice, TensorState
-from compressor.pruning.gradients import MaskedModel, held_by_gradients
+from compressor.pruning.gradients import held_by_gradients
 from compressor.pruning.mask_file import read_masks, write_masks
 from compressor.pruning.starts import STARTS, Start
-from compressor.pruning.step import Settings, Step, accepted, take_step
+from compressor.pruning.step import Settings
+from compressor.pruning.sweeps import Sweeps, generator
 from compressor.pruning.view import ModelView
 
 STATE = "compress_icbs.state"
@@ -48,9 +46,6 @@ STATE = "compress_icbs.state"
 
 CURVE = "compress_icbs.json"
 """What every sweep did: losses, swaps, seconds."""
-
-SHARES = (1.0, 0.5, 0.25)
-"""Shares of a sweep's swaps that are tried."""
 
 
 class ICBSOptions(PruneOptions):
@@ -96,33 +91,6 @@ class ICBSOptions(PruneOptions):
         groups = self.groups.of if self.groups else None
         solver: Any = self.solver
         return Settings(self.choice, self.alpha, self.ridge, solver, self.restarts, groups=groups)
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """One sweep.
-
-    Attributes:
-        number: From 1.
-        loss: Mean loss of the sweep's samples before it.
-        held_back: Mean loss of the held-back samples after it.
-        predicted: Change of the samples' mean loss the model expected of all swaps found.
-        energy: Sum of the energies; never positive.
-        found: Swaps found.
-        taken: Share of them that was carried out; 0 where all were undone.
-        skipped: Tensors without candidates or with gradients that are not finite.
-        seconds: Wall time, the judging included.
-    """
-
-    number: int
-    loss: float
-    held_back: float
-    predicted: float
-    energy: float
-    found: int
-    taken: float
-    skipped: int
-    seconds: float
 
 
 class ICBS(PruningMethod):
@@ -188,13 +156,14 @@ class ICBS(PruningMethod):
         else:
             self._start(view)
         target = self._begun + self.options.sweeps
-        with _Search(self, view) as search:
+        options = self.options
+        with Sweeps(self.states, options.settings, view, joint=options.joint, guard=options.guard) as search:
             if not self.curve:
                 before = search.losses(held)
                 self.curve.append({"number": 0, "held_back": before, "seconds": 0.0})
                 self._save(saved)
             while self.done < target:
-                sweep = search.sweep(self._draw(pool, view.seed), held, float(self.curve[-1]["held_back"]))
+                sweep = search.sweep(self.done, self._draw(pool, view.seed), held, float(self.curve[-1]["held_back"]))
                 self.done += 1
                 self.curve.append(asdict(sweep))
                 self._save(saved)
@@ -289,98 +258,3 @@ class ICBS(PruningMethod):
             "kept": {name: int(state.keep.sum()) for name, state in self.states.items()},
         }
         path.with_name(CURVE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-
-
-class _Search:
-    """Sweeps over one model."""
-
-    def __init__(self, method: ICBS, view: ModelView) -> None:
-        self.method, self.view = method, view
-        self.model = MaskedModel(
-            view.plan,
-            view.source,
-            view.skeleton,
-            view.blocks,
-            view.work / "search",
-            lambda: products(view.device, 0),
-        )
-
-    def __enter__(self) -> _Search:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.model.store.drop_all_but(None)
-
-    def losses(self, tokens: Tensor, masks: dict[str, Tensor] | None = None) -> float:
-        """Return the mean loss of samples under the current masks, or others."""
-        found = self._masks(masks)
-        return float(self.model.losses(tokens, found).double().mean())
-
-    def sweep(self, tokens: Tensor, held: Tensor, before: float) -> Sweep:
-        """Decide one block in every layer, judge, and carry out what counts."""
-        started = time.monotonic()
-        options, settings = self.method.options, self.method.options.settings
-        losses, layers = self.model.backward(tokens, self._masks(None))
-        expected = torch.zeros(len(tokens), device=self.view.device)
-        steps: dict[str, Step] = {}
-        skipped, energy, n_layers = 0, 0.0, len(self.view.plan.compressed)
-        for number, (layer, w0, gradient) in enumerate(layers, 1):
-            name = layer.ref.name
-            # What samples are to gain is spread over the layers, or those decided first would take all of it.
-            share = number / n_layers if options.joint else 1.0
-            step = take_step(
-                _on(self.method.states[name], self.view.device),
-                w0,
-                gradient.mean(),
-                gradient.columns,
-                replace(settings, alpha=settings.alpha * share),
-                generator(self.view.seed, name, self.method.done),
-                expected if options.joint else None,
-            )
-            if step is None:
-                skipped += 1
-                continue
-            energy += step.energy
-            expected = expected + step.expected
-            steps[name] = step
-        found = sum(len(step.swaps) for step in steps.values())
-        taken, after = self._judge(steps, held, before) if options.guard else (1.0, None)
-        for name, step in steps.items():
-            self.method.states[name] = _on(accepted(step, taken), torch.device("cpu"))
-        if after is None:
-            after = self.losses(held)
-        predicted = float(expected.mean() + (expected.square().mean() / 2))
-        return Sweep(
-            number=self.method.done + 1,
-            loss=float(losses.double().mean()),
-            held_back=after,
-            predicted=predicted,
-            energy=energy,
-            found=found,
-            taken=taken,
-            skipped=skipped,
-            seconds=round(time.monotonic() - started, 2),
-        )
-
-    def _judge(self, steps: dict[str, Step], held: Tensor, before: float) -> tuple[float, float]:
-        """Return the largest share of the swaps that lowers the held-back loss, and that loss; 0 if none does."""
-        for share in SHARES:
-            loss = self.losses(held, {name: step.keep(share) for name, step in steps.items()})
-            if loss < before:
-                return share, loss
-        return 0.0, before
-
-    def _masks(self, changed: dict[str, Tensor] | None) -> Any:
-        states = self.method.states
-        return lambda name: changed[name] if changed and name in changed else states[name].keep
-
-
-def _on(state: TensorState, device: torch.device) -> TensorState:
-    """Return the state with its masks on a device; lists of weights at rest stay where they are."""
-    return TensorState(state.keep.to(device), state.free.to(device), state.rested_pruned, state.rested_kept)
-
-
-def generator(seed: int, *parts: object) -> torch.Generator:
-    """Return a generator that depends on the seed and these parts only."""
-    digest = sha256("\0".join(str(part) for part in (seed, *parts)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from compressor.errors import RecipeError, UnsupportedError
 from compressor.pruning.candidates import TensorState
 from compressor.pruning.gradients import LayerGradient
-from compressor.pruning.icbs import generator
 from compressor.pruning.masks import Pattern, keep_per_row, keep_per_tensor
 from compressor.pruning.step import Settings, Step, accepted, take_step
+from compressor.pruning.sweeps import generator
 
 Losses = Callable[[nn.Module, Any], Tensor]
 """A module and a batch -> the loss of every sample, `[samples]`; gradients flow."""

@@ -11,15 +11,12 @@ import math
 import shlex
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from compressor.checkpoint.default_model import EMBEDDED
 from compressor.checkpoint.source import read_json
-from compressor.errors import CheckpointError
 from compressor.evals.compare import difference, is_perplexity
 from compressor.evals.results import Estimate, Evaluation
 from compressor.evals.verdict import read_verdict
@@ -27,11 +24,9 @@ from compressor.formats.native import MODEL_TYPE_PREFIX
 from compressor.formats.pruned import PRUNED
 from compressor.measure import BASELINE_EVALUATION, EVALUATION
 from compressor.pruning import PRUNERS
-from compressor.ship.finished import finished
+from compressor.ship.origin import Origin, report_of
 from compressor.ship.run import RESOLVED
-from compressor.yaml_text import parse_yaml
 
-CARD = "README.md"
 MARK = "<!-- written by compress -->"
 """Tells a card of ours from one a person wrote."""
 
@@ -46,45 +41,6 @@ _SEARCHES = ("icbs", "m-fac", "optin")
 """Methods that look at the calibration text themselves: no tensor's row counts its tokens."""
 
 
-@dataclass(frozen=True)
-class Origin:
-    """Where a model comes from.
-
-    Attributes:
-        repo: Its id on the Hub, or None if it is only known as a folder.
-        revision: Commit, or None.
-        licence: As the Hub writes it (`apache-2.0`), or None if it is not known.
-        languages: Codes from its card.
-    """
-
-    repo: str | None
-    revision: str | None = None
-    licence: str | None = None
-    languages: tuple[str, ...] = ()
-
-
-def origin_of(folder: Path) -> Origin:
-    """Return what the files say about the model a result was made from; nothing is fetched.
-
-    Results of results are followed to their beginning, as long as the folders are there.
-
-    Raises:
-        CheckpointError: There is no finished result in the folder.
-    """
-    report = _report(folder)
-    recipe = report["recipe"]
-    model, revision = str(recipe["model"]), recipe.get("source_revision")
-    if model in EMBEDDED:
-        return Origin(EMBEDDED[model].origin, None, EMBEDDED[model].license.lower())
-    path = Path(model)
-    if path.is_dir():
-        if finished(path):
-            return origin_of(path)
-        licence, languages = _metadata(path / CARD)
-        return Origin(None, None, licence, languages)
-    return Origin(model.partition("@")[0], revision)
-
-
 def make_card(folder: Path, repo: str, origin: Origin) -> str:
     """Return the card of a result.
 
@@ -96,7 +52,7 @@ def make_card(folder: Path, repo: str, origin: Origin) -> str:
     Raises:
         CheckpointError: There is no finished result in the folder, or a file beside it is damaged.
     """
-    report, config = _report(folder), read_json(folder / "config.json")
+    report, config = report_of(folder), read_json(folder / "config.json")
     native = str(config.get("model_type", "")).startswith(MODEL_TYPE_PREFIX)
     sections = [
         _front(report, config, origin, native),
@@ -151,15 +107,6 @@ def command_of(recipe: Mapping[str, Any]) -> str:
         words += ["--seed", str(recipe["seed"])]
     words += ["--trust-remote-code"] if recipe.get("trust_remote_code") else []
     return shlex.join(words)
-
-
-def _report(folder: Path) -> dict[str, Any]:
-    report = finished(folder)
-    if report is None:
-        raise CheckpointError(
-            f"{folder}: holds no finished result of compress", "give a folder compress quantize wrote"
-        )
-    return report
 
 
 def _front(report: Mapping[str, Any], config: Mapping[str, Any], origin: Origin, native: bool) -> str:
@@ -354,25 +301,6 @@ def _limits(report: Mapping[str, Any], native: bool, folder: Path) -> str:
     lines += [f"- {event}" for event in dict.fromkeys(report.get("events") or ())][:12]
     lines.append("- It has the biases and gaps of the original, and compression can add to them.")
     return "\n".join(["## Limits", "", *lines])
-
-
-def _metadata(card: Path) -> tuple[str | None, tuple[str, ...]]:
-    """Return licence and languages from the metadata of a card."""
-    if not card.is_file():
-        return None, ()
-    text = card.read_text(encoding="utf-8", errors="replace")
-    if not text.startswith("---"):
-        return None, ()
-    try:
-        data = parse_yaml(text.split("---", 2)[1])
-    except (ValueError, IndexError):
-        return None, ()
-    if not isinstance(data, dict):
-        return None, ()
-    languages = data.get("language") or ()
-    languages = [languages] if isinstance(languages, str) else languages
-    licence = data.get("license")
-    return str(licence) if licence else None, tuple(str(code) for code in languages)
 
 
 def _mb(nbytes: float) -> str:

@@ -26,7 +26,8 @@ from compressor.files import sha256_file
 from compressor.offline import forbidden_by
 from compressor.output import REPORT
 from compressor.report import Progress, Silent
-from compressor.ship.card import CARD, Origin, make_card, origin_of
+from compressor.ship.card import make_card
+from compressor.ship.origin import CARD, Origin, origin_of
 from compressor.ship.run import JOURNAL, RESOLVED
 from compressor.ship.verdict import reasons_against
 

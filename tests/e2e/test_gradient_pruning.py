@@ -19,7 +19,8 @@ from compressor.pruner import prune_recipe
 from compressor.pruning import gradients
 from compressor.pruning.gradients import MaskedModel
 from compressor.report import RunReport, Silent
-from compressor.ship.card import make_card, origin_of
+from compressor.ship.card import make_card
+from compressor.ship.origin import origin_of
 from compressor.testing import models
 from compressor.testing.tools import save_checkpoint, tree_hash, write_text
 

@@ -15,7 +15,8 @@ from compressor.check.run import check
 from compressor.cli.app import app
 from compressor.errors import CheckpointError, RecipeError, UnsupportedError
 from compressor.report import Silent
-from compressor.ship.card import make_card, origin_of
+from compressor.ship.card import make_card
+from compressor.ship.origin import origin_of
 from compressor.structured.job import StructuredReport, prune
 from compressor.testing import models
 from compressor.testing.stock import Case, load_stock

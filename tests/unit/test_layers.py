@@ -19,8 +19,8 @@ LAYERS = [
     {"kernels", "calibration", "checkpoint"},
     {"methods", "runtime"},
     {
-        *("evals", "verify", "runners", "plugin", "environment", "unit", "output", "folding", "input_plan", "weights"),
-        *("allocation", "priorities", "readers", "pruning", "saving"),
+        *("evals", "verify", "runners", "plugin", "environment", "unit", "output", "folding", "input_plan"),
+        *("fold_plan", "weights", "allocation", "priorities", "readers", "pruning", "saving"),
     },
     {"planner", "engine", "estimate", "measure", "inspection", "vision", "bits"},
     {"api", "check", "structured"},
