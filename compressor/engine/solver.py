@@ -24,7 +24,7 @@ from compressor.formats.base import PackedTensor, QuantFormat
 from compressor.formats.pruned import PRUNED
 from compressor.inputs import InputOp, Permute, Rotate, Scale
 from compressor.methods.base import Block, Layer, Method, Scope, is_pruned, relative_error
-from compressor.methods.eaquant_rotation import turned_moment, turned_weight
+from compressor.methods.eaquant_rotation import unturned_weight
 from compressor.plan import LayerPlan
 from compressor.ranks import ALONE, Ranks
 from compressor.report import Row
@@ -215,17 +215,16 @@ class Solver:
         if decision.keep is not None:
             assert not (decoded != 0)[~decision.keep].any(), f"{ref.name}: pruned weights are not zero"
         full = SecondMoment()
-        reference = _as_stored(task.weight, decision)
-        has_data = full in task.stats and task.n_tokens > 0
-        moment = _moment_as_stored(task.second_moment(full), decision) if has_data else None
+        used = _on_plain_inputs(decoded, decision)
+        moment = task.second_moment(full) if full in task.stats and task.n_tokens > 0 else None
         row = Row(
             name=ref.name,
             action=fmt.name,
             reason=None,
             bytes_before=plan.bytes_before,
             bytes_after=plan.bytes_after,
-            weight_error=relative_error(reference, decoded),
-            output_error=relative_error(reference, decoded, moment) if moment is not None else None,
+            weight_error=relative_error(task.weight, used),
+            output_error=relative_error(task.weight, used, moment) if moment is not None else None,
             tokens=task.n_tokens,
             inputs=plan.inputs,
             sparsity=_share(decoded == 0),
@@ -273,24 +272,13 @@ def _turns(decision: Decision) -> list[InputOp]:
     return [op for op in ops if isinstance(op, Permute | Rotate)]
 
 
-def _scales(decision: Decision) -> list[Scale]:
-    """Return the factors of a layer's input that its weight had to follow."""
-    ops = decision.inputs if isinstance(decision, Quantized) else ()
-    return [op for op in ops if isinstance(op, Scale)]
-
-
-def _as_stored(weight: Tensor, decision: Decision) -> Tensor:
-    """Return the weight as it would be stored unrounded, `[out, in]`: for inputs scaled, rotated or reordered."""
-    for scale in _scales(decision):
-        weight = weight / scale.factor
-    return turned_weight(weight, _turns(decision))
-
-
-def _moment_as_stored(moment: Tensor, decision: Decision) -> Tensor:
-    """Return the second moment `[in, in]` of what such a weight reads."""
-    for scale in _scales(decision):
-        moment = moment * scale.factor * scale.factor.unsqueeze(1)
-    return turned_moment(moment, _turns(decision))
+def _on_plain_inputs(decoded: Tensor, decision: Decision) -> Tensor:
+    """Return the weight `[out, in]` that does to a layer's own inputs what `decoded` does to scaled or turned ones."""
+    weight = unturned_weight(decoded, _turns(decision))
+    for op in decision.inputs if isinstance(decision, Quantized) else ():
+        if isinstance(op, Scale):
+            weight = weight * op.factor
+    return weight
 
 
 def _share(mask: Tensor) -> float:

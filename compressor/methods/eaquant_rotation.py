@@ -125,6 +125,20 @@ def turned_weight(weight: Tensor, ops: Sequence[InputOp]) -> Tensor:
     return w.float()
 
 
+def unturned_weight(weight: Tensor, ops: Sequence[InputOp]) -> Tensor:
+    """Return the weight `[out, in]` that gives, on plain inputs, what `weight` gives on transformed ones; float32."""
+    if not ops:
+        return weight
+    w = weight.double()
+    for op in reversed(ops):
+        if isinstance(op, Permute):
+            w = torch.empty_like(w).index_copy_(1, op.order.long(), w)
+        else:
+            assert isinstance(op, Rotate)
+            w = (w.unflatten(1, (-1, op.matrix.shape[0])) @ op.matrix.double().T).flatten(1)
+    return w.float()
+
+
 def turned_moment(moment: Tensor, ops: Sequence[InputOp]) -> Tensor:
     """Return the second moment of transformed inputs, from that of plain ones `[in, in]`; float32."""
     if not ops:

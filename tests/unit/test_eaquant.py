@@ -25,6 +25,7 @@ from compressor.methods.eaquant_rotation import (
     fit_transform,
     turned_moment,
     turned_weight,
+    unturned_weight,
     zigzag,
 )
 from compressor.methods.eaquant_router import agreement, align, by_weights, counted, divergence, ratios, round_rows
@@ -146,6 +147,7 @@ def test_transforms_keep_the_product_and_are_stored_as_described(width: int) -> 
     assert len(ops) == (1 if width == 32 else 3)
     expected, got = x @ weight.T, apply_ops(ops, x) @ turned_weight(weight, ops).T
     assert (got - expected).norm() / expected.norm() < 2e-6  # although matrices are stored in half precision
+    torch.testing.assert_close(unturned_weight(turned_weight(weight, ops), ops), weight, rtol=1e-5, atol=1e-5)
     turned = apply_ops(ops, x.double())
     torch.testing.assert_close(turned_moment(x.T @ x, ops), (turned.T @ turned).float(), rtol=1e-4, atol=0.1)
     stored = {name: value for op in ops for name, value in op.tensors().items()}
