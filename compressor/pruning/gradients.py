@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,10 +30,12 @@ TOKENS_AT_ONCE = 1024
 """Tokens that run through a block at once."""
 
 LOGITS_AT_ONCE = 256
-"""Tokens that run through the head at once: each takes three numbers per word of the vocabulary."""
+"""Tokens that run through the head at once: each takes three numbers per word of the vocabulary, or five."""
 
 EXPERTS_PER_TOKEN = 4
 """Experts that a token is taken to reach where memory is estimated."""
+
+Target = Literal["text", "original"]
 
 Masks = Callable[[str], Tensor]
 """Tensor name -> mask bool `[out, in]`, True where the weight is kept."""
@@ -98,6 +100,8 @@ class MaskedModel:
         folder: Where hidden states lie in between.
         products: The context blocks run in.
         values: Tensor name -> weights `[out, in]` that take the place of the source's, or None.
+        target: What a sample's loss measures: `text`, how unlikely its next tokens are, or `original`, how far all
+            predictions are from those of the source's weights (KL divergence).
     """
 
     def __init__(
@@ -109,15 +113,22 @@ class MaskedModel:
         folder: Path,
         products: Callable[[], AbstractContextManager[Any]] = nullcontext,
         values: Callable[[str], Tensor | None] = lambda name: None,
+        target: Target = "text",
     ) -> None:
         self.plan, self.source, self.skeleton, self.blocks = plan, source, skeleton, blocks
         self.store = HiddenStore(folder, "search", skeleton.device)
-        self.products, self.values = products, values
+        self.products, self.values, self.target = products, values, target
+        self._judged: tuple[Tensor, list[Tensor]] | None = None
 
     def losses(self, tokens: Tensor, masks: Masks) -> Tensor:
-        """Return the mean next-token loss of every sample, `[samples]` float32, for tokens `[samples, seq]`."""
+        """Return the mean loss per token of every sample, `[samples]` float32, for tokens `[samples, seq]`.
+
+        What the original makes of the tokens is kept for the next call, if that gets the same tensor.
+        """
+        if self.target == "original" and (self._judged is None or self._judged[0] is not tokens):
+            self._judged = tokens, self._originals(tokens)
         with torch.no_grad():
-            return self._forward(tokens, masks, keep=False)[0]
+            return self._forward(tokens, masks, False, self._judged[1] if self._judged else None)[0]
 
     def backward(
         self, tokens: Tensor, masks: Masks
@@ -126,14 +137,36 @@ class MaskedModel:
 
         The weight is the original one, or what takes its place, `[out, in]` float32.
         """
-        losses, entering, gradients, recording = self._forward(tokens, masks, keep=True)
+        originals = self._originals(tokens) if self.target == "original" else None
+        losses, entering, gradients, recording = self._forward(tokens, masks, True, originals)
         return losses, self._reverse(masks, entering, gradients, recording)
 
     def _forward(
-        self, tokens: Tensor, masks: Masks, keep: bool
+        self, tokens: Tensor, masks: Masks, keep: bool, originals: list[Tensor] | None
     ) -> tuple[Tensor, list[Boundary], list[Tensor], Recording]:
         """Run all blocks; with `keep`, leave what enters each block and return the gradient of what leaves the last."""
         parts = list(self._parts(tokens))
+        hidden, entering, recording = self._run(parts, masks, keep)
+        losses, gradients = [], []
+        with self._outside():
+            for number, (part, states) in enumerate(zip(parts, hidden, strict=True)):
+                few = max(LOGITS_AT_ONCE // part.shape[1], 1)
+                rows = [slice(start, start + few) for start in range(0, len(part), few)]
+                aims = originals[number] if originals else None
+                pieces = [self._tail(part[r], states[r], None if aims is None else aims[r], keep) for r in rows]
+                losses += [loss for loss, _ in pieces]
+                found = [gradient for _, gradient in pieces if gradient is not None]
+                gradients += [torch.cat(found)] if found else []
+        return torch.cat(losses), entering, gradients, recording
+
+    def _originals(self, tokens: Tensor) -> list[Tensor]:
+        """Return what leaves the last block of the original model, part by part."""
+        return self._run(list(self._parts(tokens)), None, keep=False)[0]
+
+    def _run(
+        self, parts: list[Tensor], masks: Masks | None, keep: bool
+    ) -> tuple[list[Tensor], list[Boundary], Recording]:
+        """Return what leaves the last block, what entered each one if that is to be kept, and the block arguments."""
         with self._outside():
             hidden = [self.blocks.prologue(self._inputs(part))[0] for part in parts]
             recording = self.blocks.prologue(self._inputs(parts[0]))[1]
@@ -143,24 +176,25 @@ class MaskedModel:
                 entering.append(self._save(index, hidden))
             with self._block(index, masks), torch.no_grad(), self.products():
                 hidden = [self.blocks.run(index, part, recording).float() for part in hidden]
-        losses, gradients = [], []
-        with self._outside():
-            for part, states in zip(parts, hidden, strict=True):
-                few = max(LOGITS_AT_ONCE // part.shape[1], 1)
-                pieces = [self._tail(*piece, keep) for piece in zip(part.split(few), states.split(few), strict=True)]
-                losses += [loss for loss, _ in pieces]
-                found = [gradient for _, gradient in pieces if gradient is not None]
-                gradients += [torch.cat(found)] if found else []
-        return torch.cat(losses), entering, gradients, recording
+        return hidden, entering, recording
 
-    def _tail(self, tokens: Tensor, hidden: Tensor, keep: bool) -> tuple[Tensor, Tensor | None]:
+    def _tail(
+        self, tokens: Tensor, hidden: Tensor, original: Tensor | None, keep: bool
+    ) -> tuple[Tensor, Tensor | None]:
         """Return the losses of samples whose states leave the last block, and the gradient of their sum."""
         hidden = hidden.detach().requires_grad_(keep)
+        inputs, functional = self._inputs(tokens), nn.functional
         with torch.set_grad_enabled(keep):
-            logits = self.blocks.tail(hidden, self._inputs(tokens)).float()  # always in float32: it is the judge
-            wanted = tokens[:, 1:].to(logits.device)
-            each = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), wanted.flatten(), reduction="none")
-            losses = each.view(wanted.shape).mean(1)
+            logits = self.blocks.tail(hidden, inputs).float()  # always in float32: it is the judge
+            if original is None:
+                wanted = tokens[:, 1:].to(logits.device)
+                each = functional.cross_entropy(logits[:, :-1].flatten(0, 1), wanted.flatten(), reduction="none")
+                losses = each.view(wanted.shape).mean(1)
+            else:
+                with torch.no_grad():
+                    aim = self.blocks.tail(original, inputs).float().log_softmax(-1)
+                each = functional.kl_div(logits.log_softmax(-1), aim, reduction="none", log_target=True).sum(-1)
+                losses = each.mean(1)
         if not keep:
             return losses, None
         (gradient,) = torch.autograd.grad(losses.sum(), hidden)
@@ -226,13 +260,13 @@ class MaskedModel:
                 action()
 
     @contextmanager
-    def _block(self, index: int, masks: Masks) -> Iterator[dict[str, Tensor]]:
-        """Keep a block resident with its masks applied; yields its masked layers' weights without them."""
+    def _block(self, index: int, masks: Masks | None) -> Iterator[dict[str, Tensor]]:
+        """Keep a block resident, the original (None) or with masks applied; yields masked layers' weights without."""
         layers = self.plan.in_block(index)
         self.skeleton.load(self.source.read(layer.ref.name for layer in layers))
         originals: dict[str, Tensor] = {}
         for layer in layers:
-            if layer.format:
+            if layer.format and masks is not None:
                 weight = self.skeleton.part(layer.ref.param, layer.ref.where)
                 moved = self.values(layer.ref.name)
                 if moved is not None:

@@ -63,6 +63,11 @@ class ICBSOptions(PruneOptions):
     samples: int = Field(64, ge=2, description="windows of text a sweep takes gradients of")
     window: int = Field(128, ge=8, description="tokens in one of them; calibration windows are cut into these")
     held_back: int = Field(32, ge=1, description="windows that judge a sweep and are never taken gradients of")
+    target: str = Field(
+        "text",
+        pattern="^(text|original)$",
+        description="what the loss measures: text, its next tokens; original, the KL divergence to the original model",
+    )
     alpha: float = Field(0.75, ge=0, le=2, description="factor of the gradient in the quadratic model")
     ridge: float = Field(0.001, ge=0, description="price of a squared change of a weight")
     restarts: int = Field(4, ge=1, le=1000, description="tries per block")
@@ -157,7 +162,8 @@ class ICBS(PruningMethod):
             self._start(view)
         target = self._begun + self.options.sweeps
         options = self.options
-        with Sweeps(self.states, options.settings, view, joint=options.joint, guard=options.guard) as search:
+        flags: dict[str, Any] = {name: getattr(options, name) for name in ("target", "joint", "guard")}
+        with Sweeps(self.states, options.settings, view, **flags) as search:
             if not self.curve:
                 before = search.losses(held)
                 self.curve.append({"number": 0, "held_back": before, "seconds": 0.0})
@@ -239,6 +245,11 @@ class ICBS(PruningMethod):
             raise CheckpointError(
                 f"{path}: its masks do not fit the model: {odd[0]} {odd[1]}", "is it another model's?"
             )
+        if notes.get("target", "text") != self.options.target:
+            raise CheckpointError(
+                f"{path}: its losses are of target={notes.get('target', 'text')}, asked for is {self.options.target}",
+                "keep the target of the run that goes on",
+            )
         share = 1 - sum(int(s.keep.sum()) for s in self.states.values()) / sum(
             s.keep.numel() for s in self.states.values()
         )
@@ -251,7 +262,8 @@ class ICBS(PruningMethod):
     def _save(self, path: Path) -> None:
         """Write masks, and the curve beside them; times are in the curve alone, so that equal runs have equal masks."""
         told = [{key: value for key, value in entry.items() if key != "seconds"} for entry in self.curve]
-        write_masks(path, self.states, {"done": self.done, "begun": self._begun, "curve": told})
+        notes = {"done": self.done, "begun": self._begun, "target": self.options.target, "curve": told}
+        write_masks(path, self.states, notes)
         record = {
             "options": self.options.model_dump(),
             "curve": self.curve,

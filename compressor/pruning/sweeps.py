@@ -12,7 +12,7 @@ from torch import Tensor
 
 from compressor.calibration.precision import products
 from compressor.pruning.candidates import TensorState
-from compressor.pruning.gradients import MaskedModel
+from compressor.pruning.gradients import MaskedModel, Target
 from compressor.pruning.step import Settings, Step, accepted, take_step
 from compressor.pruning.view import ModelView
 
@@ -54,12 +54,20 @@ class Sweeps:
         states: Tensor -> its mask, replaced by what sweeps accept.
         settings: How every layer is searched.
         view: The model.
+        target: What the loss measures; see `MaskedModel`.
         joint: Whether layers that come later know what those before are expected to do to each sample's loss.
         guard: Whether swaps count only if they lower the held-back loss.
     """
 
     def __init__(
-        self, states: dict[str, TensorState], settings: Settings, view: ModelView, *, joint: bool, guard: bool
+        self,
+        states: dict[str, TensorState],
+        settings: Settings,
+        view: ModelView,
+        *,
+        target: Target,
+        joint: bool,
+        guard: bool,
     ) -> None:
         self.states, self.settings, self.view = states, settings, view
         self.joint, self.guard = joint, guard
@@ -70,6 +78,7 @@ class Sweeps:
             view.blocks,
             view.work / "search",
             lambda: products(view.device, 0),
+            target=target,
         )
 
     def __enter__(self) -> Sweeps:

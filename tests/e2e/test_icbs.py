@@ -55,8 +55,9 @@ def curve(out: Path) -> list[dict[str, float]]:
     return found
 
 
+@pytest.mark.parametrize("target", ["text", "original"])
 def test_gradients_of_single_samples_are_those_of_autograd(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: gradients.Target
 ) -> None:
     """Block by block, in parts, behind masks: the same as one backward pass of the whole model per sample."""
     monkeypatch.setattr(gradients, "TOKENS_AT_ONCE", 24)  # two samples at once
@@ -78,20 +79,25 @@ def test_gradients_of_single_samples_are_those_of_autograd(
     rng = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, 320, (6, 12), generator=rng)
     masks = {layer.ref.name: torch.rand(layer.ref.shape, generator=rng) < 0.5 for layer in plan.compressed}
-    masked = MaskedModel(plan, opened, skeleton, blocks, tmp_path)
+    masked = MaskedModel(plan, opened, skeleton, blocks, tmp_path, target=target)
     losses, layers = masked.backward(tokens, masks.__getitem__)
     found = {layer.ref.name: (w0, gradient) for layer, w0, gradient in layers}
     assert found.keys() == masks.keys()
     assert not list(tmp_path.glob("*.bin")), "hidden states were left on the disk"
 
     whole = load(source)
+    with torch.no_grad():
+        aims = whole(tokens).logits.log_softmax(-1)
     parameters = dict(whole.named_parameters())
     for name, mask in masks.items():
         parameters[name].data *= mask
         parameters[name].requires_grad_()
     for sample in range(6):
-        logits = whole(tokens[sample : sample + 1]).logits[0, :-1]
-        loss = functional.cross_entropy(logits, tokens[sample, 1:])
+        logits = whole(tokens[sample : sample + 1]).logits[0]
+        if target == "text":
+            loss = functional.cross_entropy(logits[:-1], tokens[sample, 1:])
+        else:
+            loss = (aims[sample].exp() * (aims[sample] - logits.log_softmax(-1))).sum(-1).mean()
         assert float(losses[sample]) == pytest.approx(loss.item(), rel=1e-5)
         expected = torch.autograd.grad(loss, [parameters[name] for name in masks])
         for name, gradient in zip(masks, expected, strict=True):
@@ -107,16 +113,23 @@ def test_gradients_of_single_samples_are_those_of_autograd(
             atol=1e-6,
         )
         assert torch.equal(w0, load_file(source / "model.safetensors")[name].float())
-    assert torch.allclose(masked.losses(tokens, masks.__getitem__), losses, rtol=1e-5)
+    for _ in range(2):  # the second time with what was kept of the original
+        assert torch.allclose(masked.losses(tokens, masks.__getitem__), losses, rtol=1e-5)
+    whole_losses = masked.losses(tokens, lambda name: torch.ones_like(masks[name]))
+    assert bool((whole_losses.abs() < 1e-6).all()) == (target == "original")
 
 
-@pytest.mark.parametrize("start", ["wanda", "magnitude", "random"])
-def test_the_loss_falls_and_kept_weights_are_the_original_ones(source: Path, tmp_path: Path, start: str) -> None:
-    report = prune(source, tmp_path / "out", sweeps=3, options={"start": start})
+@pytest.mark.parametrize(
+    ("start", "target"), [("wanda", "text"), ("magnitude", "text"), ("random", "text"), ("wanda", "original")]
+)
+def test_the_loss_falls_and_kept_weights_are_the_original_ones(
+    source: Path, tmp_path: Path, start: str, target: str
+) -> None:
+    report = prune(source, tmp_path / "out", sweeps=3, options={"start": start, "target": target})
     losses = [entry["held_back"] for entry in curve(tmp_path / "out")]
     assert len(losses) == 4
     assert losses == sorted(losses, reverse=True), "the guard lets no sweep make it worse"
-    assert losses[-1] < losses[0] - 0.05
+    assert losses[-1] < (losses[0] - 0.05 if target == "text" else 0.9 * losses[0])
     assert all(entry["energy"] <= 0 for entry in curve(tmp_path / "out")[1:])
     before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     states, _ = read_masks(tmp_path / "out" / icbs.STATE)
@@ -188,6 +201,9 @@ def test_what_cannot_start_is_refused(source: Path, tmp_path: Path) -> None:
     prune(source, tmp_path / "half", sweeps=0)
     with pytest.raises(CheckpointError, match="asked for is 70"):
         prune(source, tmp_path / "d", sparsity=0.7, options={"start": str(tmp_path / "half" / icbs.STATE)})
+    with pytest.raises(CheckpointError, match="target=text, asked for is original"):
+        options = {"start": str(tmp_path / "half" / icbs.STATE), "target": "original"}
+        prune(source, tmp_path / "f", options=options)
     other = save_checkpoint(models.tiny_llama(layers=1).to(torch.bfloat16), tmp_path / "other")
     (tmp_path / "text.txt").write_text((source.parent / "text.txt").read_text())
     with pytest.raises(CheckpointError, match="do not fit"):
