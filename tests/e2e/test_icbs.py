@@ -201,9 +201,9 @@ def test_what_cannot_start_is_refused(source: Path, tmp_path: Path) -> None:
     prune(source, tmp_path / "half", sweeps=0)
     with pytest.raises(CheckpointError, match="asked for is 70"):
         prune(source, tmp_path / "d", sparsity=0.7, options={"start": str(tmp_path / "half" / icbs.STATE)})
+    elsewhere = {"start": str(tmp_path / "half" / icbs.STATE), "target": "original"}
     with pytest.raises(CheckpointError, match="target=text, asked for is original"):
-        options = {"start": str(tmp_path / "half" / icbs.STATE), "target": "original"}
-        prune(source, tmp_path / "f", options=options)
+        prune(source, tmp_path / "f", options=elsewhere)
     other = save_checkpoint(models.tiny_llama(layers=1).to(torch.bfloat16), tmp_path / "other")
     (tmp_path / "text.txt").write_text((source.parent / "text.txt").read_text())
     with pytest.raises(CheckpointError, match="do not fit"):
