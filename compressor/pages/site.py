@@ -1,7 +1,7 @@
 """`python -m compressor.pages.site FOLDER`: the source of the site, for generators that read `mkdocs.yml`.
 
-Pages are those of `docs`, with the tables of results beside them. Links to files that the site does not hold (sources,
-tests) become plain names; a page that the navigation does not name is put into it.
+Pages are those of `docs`, with the tables of results and their pictures beside them. Links to files that the site does
+not hold (sources, tests) become plain names; a page that the navigation does not name is put into it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NAVIGATION = "mkdocs.yml"
 SUFFIXES = (".md", ".svg", ".yml")
 """What is taken from `docs`."""
 
-_LINK = re.compile(r"(?<!!)\[((?:[^\[\]]|\[[^\]]*\])+)\]\(([^)\s]+)\)")
+_LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])+)\]\(([^)\s]+)\)")
 _FENCE = re.compile(r"^(```|~~~)")
 
 
@@ -49,9 +49,10 @@ def make_site(folder: Path, root: Path = ROOT) -> list[str]:
             inside = path.relative_to(root / "docs").as_posix()
             _put(folder / "docs" / inside, path, _mover(root, f"docs/{inside}"))
             pages += [inside] if path.suffix == ".md" else []
-    for path in sorted((root / TABLES).glob("*.md")):
-        _put(folder / "docs" / "tables" / path.name, path, _mover(root, f"{TABLES}/{path.name}"))
-        pages.append(f"tables/{path.name}")
+    for path in sorted((root / TABLES).iterdir()):
+        if home(f"{TABLES}/{path.name}"):
+            _put(folder / "docs" / "tables" / path.name, path, _mover(root, f"{TABLES}/{path.name}"))
+            pages += [f"tables/{path.name}"] if path.suffix == ".md" else []
     text = source.read_text(encoding="utf-8")
     named = set(re.findall(r": ([\w/-]+\.md)$", text, re.MULTILINE))
     tables = [page for page in pages if page.startswith("tables/")]
@@ -67,7 +68,7 @@ def home(inside: str) -> str:
     """Return where a file of the repository lies in the site, or nothing if the site does not hold it."""
     if inside.startswith("docs/"):
         return inside.removeprefix("docs/")
-    if posixpath.dirname(inside) == TABLES and inside.endswith(".md"):
+    if posixpath.dirname(inside) == TABLES and inside.endswith((".md", ".svg")):
         return f"tables/{posixpath.basename(inside)}"
     return ""
 
@@ -83,14 +84,15 @@ def moved(text: str, inside: str, exists: Callable[[str], bool]) -> str:
     start = posixpath.dirname(home(inside))
 
     def link(match: re.Match[str]) -> str:
-        path, mark, anchor = match[2].partition("#")
+        image, words = match[1], match[2]
+        path, mark, anchor = match[3].partition("#")
         if not path or ":" in path:
             return match[0]
         target = posixpath.normpath(posixpath.join(posixpath.dirname(inside), path))
         if not exists(target):
             return match[0]
         place = home(target)
-        return f"[{match[1]}]({posixpath.relpath(place, start or '.')}{mark}{anchor})" if place else match[1]
+        return f"{image}[{words}]({posixpath.relpath(place, start or '.')}{mark}{anchor})" if place else words
 
     lines, code = [], False
     for text_line in text.splitlines():

@@ -1,7 +1,7 @@
 """`python -m compressor.evals.bench.quality_time TABLE`: how the loss of searched masks falls with time, as an SVG.
 
 One line for every search of a table, from what its last finished row recorded of each sweep: the loss on the windows
-held back from the search, over the minutes the sweeps took.
+held back from the search, over the minutes the sweeps took. The loss is that of the text, or what `target` says.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from compressor.evals.bench.row import Row
 from compressor.evals.bench.steps import save
 from compressor.evals.bench.table import Table, find_table, read_table, results_folder
 
-WIDTH, HEIGHT = 720, 400
-LEFT, RIGHT, TOP, BOTTOM = 70, 190, 40, 50
+WIDTH, HEIGHT = 760, 400
+LEFT, RIGHT, TOP, BOTTOM = 70, 240, 40, 50
 COLOURS = ("#1b6ca8", "#c8553d", "#3a7d44", "#7d5ba6", "#8a6d3b", "#555555")
 TICKS = 5
 
@@ -128,7 +128,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _label(row: Row) -> str:
     assert row.prune is not None
-    return row.prune.pattern or f"{100 * (row.prune.sparsity or 0):g} %"
+    share = row.prune.pattern or f"{100 * (row.prune.sparsity or 0):g} %"
+    return f"{share}, {row.prune.options['target']}" if "target" in row.prune.options else share
 
 
 if __name__ == "__main__":

@@ -128,14 +128,20 @@ def test_the_navigation_names_pages_once() -> None:
 
 
 def test_links_of_the_site() -> None:
-    exists = {"docs/gate.md", "tests/t.py", "evals/bench/tables/x.md", "docs/methods/gptq.md"}.__contains__
+    exists = {"docs/gate.md", "tests/t.py", "evals/bench/tables/x.md", "docs/methods/gptq.md"}
+    exists |= {"evals/bench/tables/x.svg", "tests/t.svg"}
     table = "evals/bench/tables/x.md"
     code = "```\n[a](../gate.md)\n```"
     text = f"[a](../gate.md#rules) [b](../../tests/t.py) [`x`](../../{table}) [c](nowhere.md)\n{code}"
-    assert moved(text, "docs/methods/gptq.md", exists) == (
+    assert moved(text, "docs/methods/gptq.md", exists.__contains__) == (
         f"[a](../gate.md#rules) b [`x`](../tables/x.md) [c](nowhere.md)\n{code}\n"
     )
-    assert moved("[g](../../../docs/methods/gptq.md)", "evals/bench/tables/x.md", exists) == "[g](../methods/gptq.md)\n"
+    assert (
+        moved("[g](../../../docs/methods/gptq.md)", "evals/bench/tables/x.md", exists.__contains__)
+        == "[g](../methods/gptq.md)\n"
+    )
+    pictures = "![p](../../evals/bench/tables/x.svg) ![q](../../tests/t.svg)"
+    assert moved(pictures, "docs/methods/gptq.md", exists.__contains__) == "![p](../tables/x.svg) q\n"
     assert home("README.md") == ""
 
 
