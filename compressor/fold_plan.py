@@ -1,4 +1,4 @@
-"""Where factors per channel move between operations, and which dense tensors change by it."""
+"""Where factors per channel move between operations, and which dense tensors a plan rewrites."""
 
 from __future__ import annotations
 

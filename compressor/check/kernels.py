@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from compressor.check.checkpoint import Checkpoint, Module
+from compressor.checkpoint.source import DTYPES
 from compressor.errors import CompressorError
 from compressor.formats.activations import input_format_from
 from compressor.inputs import InputOp, rebuild, stored_slots
@@ -106,6 +107,12 @@ def _inputs(checkpoint: Checkpoint, module: Module, dtype: torch.dtype) -> tuple
     steps = module.scheme.steps if stored is None else (input_format_from(stored).describe(),)
     if not any(step.get("op") == "float" for step in steps):
         return empty_inputs(steps, module.shape, dtype)
-    names = {suffix: f"{module.name}.{suffix}" for suffix in stored_slots(steps, module.shape, dtype)}
-    tensors = checkpoint.read(name for name in names.values() if name in checkpoint.tensors)
-    return rebuild(steps, {suffix: tensors[name] for suffix, name in names.items() if name in tensors})
+    slots = stored_slots(steps, module.shape, dtype)
+    found = {suffix: entry for suffix, entry in module.tensors.items() if suffix in slots}
+    right = {
+        suffix: entry.name
+        for suffix, entry in found.items()
+        if (DTYPES.get(entry.dtype), entry.shape) == (slots[suffix].dtype, slots[suffix].shape)
+    }
+    tensors = checkpoint.read(right.values())
+    return rebuild(steps, {suffix: tensors[name] for suffix, name in right.items()})

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from compressor.calibration.precision import products
 from compressor.calibration.store import Boundary, HiddenStore
 from compressor.checkpoint.blocks import BlockSequence, Recording
 from compressor.checkpoint.skeleton import Skeleton
@@ -25,6 +26,7 @@ from compressor.checkpoint.source import Source
 from compressor.errors import UnsupportedError
 from compressor.plan import OUTSIDE, LayerPlan, Plan
 from compressor.pruning.expert_gradients import watch_stack
+from compressor.pruning.view import ModelView
 
 TOKENS_AT_ONCE = 1024
 """Tokens that run through a block at once."""
@@ -119,6 +121,12 @@ class MaskedModel:
         self.store = HiddenStore(folder, "search", skeleton.device)
         self.products, self.values, self.target = products, values, target
         self._judged: tuple[Tensor, list[Tensor]] | None = None
+
+    @classmethod
+    def of(cls, view: ModelView, **more: Any) -> MaskedModel:
+        """Return the model a search looks at, in the precision of searches; `more` are arguments that follow."""
+        parts = (view.plan, view.source, view.skeleton, view.blocks, view.work / "search")
+        return cls(*parts, lambda: products(view.device, 0), **more)
 
     def losses(self, tokens: Tensor, masks: Masks) -> Tensor:
         """Return the mean loss per token of every sample, `[samples]` float32, for tokens `[samples, seq]`.

@@ -34,7 +34,7 @@ from compressor.methods.base import Layer, Stream
 from compressor.plan import Kind, LayerPlan, Plan
 from compressor.pruning.base import PruneOptions, PruningMethod, masked
 from compressor.pruning.candidates import Choice, TensorState
-from compressor.pruning.gradients import held_by_gradients
+from compressor.pruning.gradients import Target, held_by_gradients
 from compressor.pruning.mask_file import read_masks, write_masks
 from compressor.pruning.starts import STARTS, Start
 from compressor.pruning.step import Settings
@@ -63,9 +63,8 @@ class ICBSOptions(PruneOptions):
     samples: int = Field(64, ge=2, description="windows of text a sweep takes gradients of")
     window: int = Field(128, ge=8, description="tokens in one of them; calibration windows are cut into these")
     held_back: int = Field(32, ge=1, description="windows that judge a sweep and are never taken gradients of")
-    target: str = Field(
+    target: Target = Field(
         "text",
-        pattern="^(text|original)$",
         description="what the loss measures: text, its next tokens; original, the KL divergence to the original model",
     )
     alpha: float = Field(0.75, ge=0, le=2, description="factor of the gradient in the quadratic model")
@@ -160,27 +159,26 @@ class ICBS(PruningMethod):
             view.progress.stage(f"continuing the search: {self.done} sweeps are done")
         else:
             self._start(view)
-        target = self._begun + self.options.sweeps
-        options = self.options
-        flags: dict[str, Any] = {name: getattr(options, name) for name in ("target", "joint", "guard")}
-        with Sweeps(self.states, options.settings, view, **flags) as search:
+        options, last = self.options, self._begun + self.options.sweeps
+        how = options.target, options.joint, options.guard
+        with Sweeps(self.states, options.settings, view, *how) as search:
             if not self.curve:
                 before = search.losses(held)
                 self.curve.append({"number": 0, "held_back": before, "seconds": 0.0})
                 self._save(saved)
-            while self.done < target:
+            while self.done < last:
                 sweep = search.sweep(self.done, self._draw(pool, view.seed), held, float(self.curve[-1]["held_back"]))
                 self.done += 1
                 self.curve.append(asdict(sweep))
                 self._save(saved)
                 view.progress.stage(
-                    f"sweep {self.done} of {target}: held-back loss {sweep.held_back:.4f}, {sweep.found} swaps, "
+                    f"sweep {self.done} of {last}: held-back loss {sweep.held_back:.4f}, {sweep.found} swaps, "
                     f"{sweep.taken:.0%} taken, {sweep.seconds:.1f}s"
                 )
         undone = sum(1 for entry in self.curve[1:] if entry["taken"] == 0)
         skipped = sum(entry["skipped"] for entry in self.curve[1:])
-        first, last = self.curve[0]["held_back"], self.curve[-1]["held_back"]
-        events = [f"icbs: held-back loss {first:.4f} -> {last:.4f} in {self.done} sweeps, {undone} of them undone"]
+        first, now = self.curve[0]["held_back"], self.curve[-1]["held_back"]
+        events = [f"icbs: held-back loss {first:.4f} -> {now:.4f} in {self.done} sweeps, {undone} of them undone"]
         return events + ([f"icbs: {skipped} times a tensor had no candidates or no finite gradient"] if skipped else [])
 
     def publish(self, out: Path) -> None:

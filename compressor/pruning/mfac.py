@@ -22,7 +22,6 @@ from pydantic import Field, model_validator
 from safetensors import safe_open
 from torch import Tensor
 
-from compressor.calibration.precision import products
 from compressor.checkpoint.sink import save_tensors
 from compressor.decision import Masked, Outcome
 from compressor.errors import NumericalError, RecipeError, disk_error
@@ -118,15 +117,7 @@ class MFAC(ScorePruningMethod):
 
     def _step(self, view: ModelView, state: _State, windows: Tensor, step: int, sparsity: float) -> float:
         """Remove weights until their share is `sparsity`; returns the mean loss before."""
-        model = MaskedModel(
-            view.plan,
-            view.source,
-            view.skeleton,
-            view.blocks,
-            view.work / "search",
-            lambda: products(view.device, 0),
-            values=state.values,
-        )
+        model = MaskedModel.of(view, values=state.values)
         losses, layers = model.backward(windows, state.keep)
         block: int | None = None
         found: dict[str, tuple[Tensor, Tensor]] = {}

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compressor.calibration.precision import products
 from compressor.pruning.candidates import TensorState
 from compressor.pruning.gradients import MaskedModel, Target
 from compressor.pruning.step import Settings, Step, accepted, take_step
@@ -64,22 +63,13 @@ class Sweeps:
         states: dict[str, TensorState],
         settings: Settings,
         view: ModelView,
-        *,
         target: Target,
         joint: bool,
         guard: bool,
     ) -> None:
         self.states, self.settings, self.view = states, settings, view
         self.joint, self.guard = joint, guard
-        self.model = MaskedModel(
-            view.plan,
-            view.source,
-            view.skeleton,
-            view.blocks,
-            view.work / "search",
-            lambda: products(view.device, 0),
-            target=target,
-        )
+        self.model = MaskedModel.of(view, target=target)
 
     def __enter__(self) -> Sweeps:
         return self

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from compressor.formats.e4m3 import E4M3_MAX
-from compressor.formats.small_floats import round_float
+from compressor.formats.small_floats import SPLITS, round_float
 from compressor.inputs import InputOp, Permute, Quantize, Rotate, RoundFloat, Scale, Shift
 from compressor.kernels.reference.small_floats import tops, unit
 
@@ -79,8 +79,9 @@ def kind_of(ops: Sequence[InputOp]) -> str:
     """
     last = ops[-1] if ops else None
     if isinstance(last, RoundFloat):
-        least, most = (int(end) for end in last.k.aminmax())
-        return "split" if least >= 0 and tops(last.bits, int(last.mantissa), most) < 128 else ""
+        mantissa, (least, most) = int(last.mantissa), (int(end) for end in last.k.aminmax())
+        known = mantissa in SPLITS.get(last.bits, ()) and least >= 0  # what a file says may be anything
+        return "split" if known and tops(last.bits, mantissa, most) < 128 else ""
     if not isinstance(last, Quantize):
         return ""
     fmt = last.format

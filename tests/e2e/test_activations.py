@@ -12,7 +12,7 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel
 from typer.testing import CliRunner
@@ -423,6 +423,28 @@ def test_llm_fp4_end_to_end(method: str, inputs: str, options: dict[str, Any], t
     # As integers fpq4 fits a byte but for one split that has offsets, fpq8 in no split.
     assert any("CUDA" in reason for reason in reasons) or inputs != "fpq4"
     assert all("not rounded" in reason for reason in reasons) or inputs != "fpq8"
+
+
+@pytest.mark.parametrize(
+    ("suffix", "wrong"),
+    [
+        ("input_mantissa", torch.tensor([200], dtype=torch.uint8)),
+        ("input_mantissa", torch.empty(0, dtype=torch.uint8)),
+        ("input_mantissa", torch.tensor([torch.nan])),
+        ("input_pow2", torch.empty(0, dtype=torch.int8)),
+        ("input_pow2", torch.full((64,), -1, dtype=torch.int8)),
+        ("input_pow2", torch.full((64,), 100, dtype=torch.int8)),
+    ],
+)
+def test_damaged_small_floats_are_checked_to_the_end(suffix: str, wrong: torch.Tensor, tmp_path: Path) -> None:
+    run(models.tiny_llama(), tmp_path, method="rtn", inputs="fpq4")
+    file = tmp_path / "out" / "model.safetensors"
+    stored = load_file(file)
+    name = next(key for key in stored if key.endswith(f"q_proj.{suffix}"))
+    save_file(stored | {name: wrong}, file, metadata={"format": "pt"})
+    rows = [row for row in check(tmp_path / "out", quick=True).kernels if "q_proj" in row.pattern]
+    assert sum(row.count for row in rows if row.m[0] == 1) == 2  # one layer is whole, one is not
+    assert any("not rounded" in row.others.get("triton-int", "not rounded") for row in rows)
 
 
 def test_llm_fp4_searches_what_other_programs_read(tmp_path: Path) -> None:
