@@ -12,6 +12,7 @@ import torch
 from compressor.check.checkpoint import CONTAINER, Checkpoint, Module
 from compressor.check.finding import Finding, error, info, warning
 from compressor.check.scheme import NATIVE
+from compressor.check.values import Facts
 from compressor.errors import CompressorError
 from compressor.formats.native import MODEL_TYPE_PREFIX
 
@@ -66,7 +67,7 @@ def vllm(checkpoint: Checkpoint) -> Iterator[Finding]:
         return
     seen: dict[tuple[str, str, str], list[Module]] = {}
     for module in checkpoint.modules.values():
-        for finding in _vllm_module(module):
+        for finding in [*_vllm_module(module), *_vllm_signs(module, checkpoint.packed_facts.get(module.name))]:
             seen.setdefault((finding.severity, finding.message, finding.hint), []).append(module)
     for (severity, message, hint), modules in seen.items():
         pick = {"error": error, "warning": warning, "info": info}[severity]
@@ -145,6 +146,15 @@ def _vllm_module(module: Module) -> Iterator[Finding]:
             yield error("", f"{shape[1]} inputs are no multiple of the block width {width}", "use fp8 per channel")
     if scheme.container in ("mxfp6-pack-quantized", "mxfp8-quantized"):
         yield warning("", f"{scheme}: not known to run in vLLM", "try it there before relying on it")
+
+
+def _vllm_signs(module: Module, facts: Facts | None) -> Iterator[Finding]:
+    counts = facts.scales.get("weight_scale") if facts else None
+    if counts and counts.negative and module.scheme and module.scheme.mirrors:
+        said = (
+            "negative scales (mirrored grids): Marlin reads them as positive where VLLM_MARLIN_INPUT_DTYPE=int8 is set"
+        )
+        yield info("", said, "leave that variable alone (vllm-project/vllm issue 48905); nothing else minds the sign")
 
 
 def _capability(checkpoint: Checkpoint) -> Iterator[Finding]:

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from compressor.check.checkpoint import DENSE, Checkpoint
+from compressor.check.checkpoint import DENSE, Checkpoint, Module
 from compressor.check.finding import Finding, error, warning
 
 
 def scales(checkpoint: Checkpoint) -> Iterator[Finding]:
-    """Every scale, of groups, tensors and inputs, must be finite and positive."""
+    """Every scale, of groups, tensors and inputs, must be finite and not zero; positive, but for mirrored grids."""
     for module, facts in checkpoint.packed_facts.items():
         for suffix, counts in facts.scales.items():
-            kinds = {"NaN or Inf": counts.not_finite, "zero": counts.zero, "negative": counts.negative}
+            kinds = {"NaN or Inf": counts.not_finite, "zero": counts.zero}
+            if suffix != "weight_scale" or not _may_be_mirrored(checkpoint.modules[module]):
+                kinds["negative"] = counts.negative
             said = ", ".join(f"{count} {kind}" for kind, count in kinds.items() if count)
             if said:
                 yield error(f"{module}.{suffix}", f"{said} of {counts.total} scales", "the checkpoint is damaged")
+
+
+def _may_be_mirrored(module: Module) -> bool:
+    return module.scheme is not None and module.scheme.mirrors
 
 
 def codes(checkpoint: Checkpoint) -> Iterator[Finding]:

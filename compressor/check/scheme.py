@@ -16,6 +16,7 @@ from compressor.checkpoint.source import DTYPE_NAMES, FLOATS
 from compressor.errors import UnsupportedError
 from compressor.formats.activations import input_format_from
 from compressor.formats.base import QuantFormat
+from compressor.formats.ints import IntFormat
 from compressor.formats.schemes import format_from_scheme
 from compressor.inputs import stored_slots
 
@@ -88,6 +89,12 @@ class Scheme:
         if self.native:
             return bool(getattr(self.native, "symmetric", True))
         return bool(self.weights.get("symmetric", True))
+
+    @property
+    def mirrors(self) -> bool:
+        """Whether scales may be negative: those of packed integers that reach further on one side of zero."""
+        packed = isinstance(self.native, IntFormat) if self.native else self.container == "pack-quantized"
+        return packed and self.symmetric
 
     @property
     def name(self) -> str:

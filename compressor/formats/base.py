@@ -140,6 +140,11 @@ class ScaledFormat(QuantFormat, Protocol):
     The value of a code is `steps * u`, with `u` from a short table (integers, E2M1 values, ...).
     """
 
+    @property
+    def mirrors(self) -> bool:
+        """Whether negative steps can be stored and give a grid worth trying: one that reaches further above zero."""
+        ...
+
     def round(self, w: Tensor, q: QParams) -> Tensor:
         """Return `decode(encode(w, q), q)`, float32, without making codes; zeros may differ in sign."""
         ...
@@ -149,7 +154,10 @@ class ScaledFormat(QuantFormat, Protocol):
         ...
 
     def with_steps(self, q: QParams, steps: Tensor) -> QParams:
-        """Return `q` with the storable scales nearest to positive `steps`, shaped as `steps(q)`; the rest stays."""
+        """Return `q` with the storable scales nearest to `steps`, shaped as `steps(q)`; the rest stays.
+
+        Steps are positive, or negative where the format `mirrors`.
+        """
         ...
 
     def snap(self, z: Tensor, q: QParams) -> Tensor:

@@ -76,6 +76,11 @@ class Codebook:
         return False
 
     @property
+    def mirrors(self) -> bool:
+        """False: tables are symmetric."""
+        return False
+
+    @property
     def container(self) -> None:
         """None: no compressed-tensors format stores tables."""
         return None

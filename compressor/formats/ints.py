@@ -1,6 +1,9 @@
 """Integers of 2 to 8 bits, symmetric or with zero points; one scale per group of inputs, per row, or per matrix.
 
 On disk this is compressed-tensors' `pack-quantized`: `w = (code - 2**(bits-1) - zero_point) * scale`.
+
+A grid without zero points has one integer more below zero than above. A negative scale turns that around, so that the
+side which needs it has it: GGUF's Q4_0 and AutoRound's symmetric grid do the same. Readers only multiply.
 """
 
 from __future__ import annotations
@@ -66,6 +69,11 @@ class IntFormat:
     def has_global_scale(self) -> bool:
         """False: integer scales stand alone."""
         return False
+
+    @property
+    def mirrors(self) -> bool:
+        """Whether searches try negative scales: not with 8 bits, where one integer of 256 makes no difference."""
+        return self.symmetric and self.bits < 8
 
     @property
     def container(self) -> str:

@@ -40,6 +40,7 @@ class MXFP4:
     bits: ClassVar[int] = 4
     group_size: ClassVar[int] = 32
     has_global_scale: ClassVar[bool] = False
+    mirrors: ClassVar[bool] = False
     container: ClassVar[str] = "mxfp4-pack-quantized"
 
     def refuse(self, shape: tuple[int, ...]) -> str | None:

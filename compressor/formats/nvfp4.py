@@ -45,6 +45,7 @@ class NVFP4:
     bits: ClassVar[int] = 4
     group_size: ClassVar[int] = 16
     has_global_scale: ClassVar[bool] = True
+    mirrors: ClassVar[bool] = False
     container: ClassVar[str] = "nvfp4-pack-quantized"
 
     def refuse(self, shape: tuple[int, ...]) -> str | None:

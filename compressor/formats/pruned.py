@@ -32,6 +32,7 @@ class Pruned:
     name = PRUNED
     group_size: int | None = None
     has_global_scale = False
+    mirrors = False
     container: str | None = "dense"
 
     @property

@@ -167,8 +167,9 @@ def clip(w: Tensor, fmt: ScaledFormat, q: QParams, moment: Tensor) -> QParams:
     shared = [dim for dim in range(3) if whole.shape[dim] == 1]  # what has one scale has one error
     blocks = diagonal_blocks(moment, fmt.group_size or w.shape[1])  # [groups, group, group]
     best, least = q, torch.full_like(whole, torch.inf)
-    for step in range(_CLIP_STEPS):
-        trial = fmt.with_steps(q, whole * (1 - step / _CLIP_GRID)) if step else q
+    shares = [1 - step / _CLIP_GRID for step in range(_CLIP_STEPS)]
+    for share in [*shares, *(-share for share in shares if fmt.mirrors)]:
+        trial = fmt.with_steps(q, whole * share) if share < 1 else q
         delta = grouped(fmt.round(w, trial).sub_(w), fmt.group_size).transpose(0, 1)  # [groups, out, group]
         error = torch.bmm(delta, blocks).mul_(delta).transpose(0, 1).sum(shared, keepdim=True)
         best, least = pick(error < least, trial, best), torch.minimum(error, least)

@@ -190,14 +190,15 @@ def try_scales(w: Tensor, fmt: ScaledFormat, q: QParams, upper: Tensor) -> QPara
 
 
 def scale_choices(fmt: ScaledFormat, q: QParams) -> Iterator[QParams]:
-    """Yield `q`, then `q` with other scales: the format's own list, or smaller and smaller ones."""
+    """Yield `q`, then `q` with other scales: the format's own list, or smaller and smaller ones, both ways round."""
     if isinstance(fmt, SearchableFormat):
         yield from fmt.scale_candidates(q)
         return
     yield q
     steps = fmt.steps(q)
-    for index in range(1, _TRIALS):
-        yield fmt.with_steps(q, steps * (1 - _SHRINK * index))
+    shares = [1 - _SHRINK * index for index in range(_TRIALS)]
+    for share in [*shares[1:], *(-share for share in shares if fmt.mirrors)]:
+        yield fmt.with_steps(q, steps * share)
 
 
 def group_params(q: QParams, group: int) -> QParams:

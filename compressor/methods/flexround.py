@@ -98,7 +98,8 @@ class Division:
 
     def __init__(self, layer: Layer, q: QParams, fmt: ScaledFormat, options: FlexRoundOptions) -> None:
         self.weight, self.fmt, self.q = layer.weight, fmt, q
-        self.log_step = fmt.steps(q).log()  # s1 [out, groups, 1]
+        step = fmt.steps(q)  # s1 [out, groups, 1]
+        self.log_step, self.side = step.abs().log(), step.sign()  # a grid that is mirrored stays so
         self.log_divisor = torch.zeros_like(layer.weight)  # S2 [out, in]
         self.log_row = torch.zeros_like(layer.weight[:, :1])  # s3 [out, 1]
         channels = layer.ref.shape[1] if layer.ref.kind is Kind.CONV and options.channel_divisor else 0
@@ -160,4 +161,4 @@ class Division:
 
     def params(self) -> QParams:
         """Return the grid in stored precision."""
-        return self.fmt.with_steps(self.q, self.log_step.exp())
+        return self.fmt.with_steps(self.q, self.log_step.exp().mul_(self.side))

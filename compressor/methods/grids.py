@@ -1,4 +1,6 @@
-"""Better scales than min-max ones before any weight is rounded: ranges shrunk to where the summed error is least."""
+"""Better scales than min-max ones before any weight is rounded: ranges shrunk to where the summed error is least.
+
+Where a grid reaches further on one side of zero, both ways round are tried."""
 
 from __future__ import annotations
 
@@ -103,8 +105,9 @@ def _best_steps(w: Tensor, fmt: ScaledFormat, q: QParams, norm: float, importanc
     shared = [dim for dim in range(3) if start.shape[dim] == 1]  # what has one scale has one error
     w = w / start  # errors in units of the first step: their powers neither underflow nor overflow
     best, least, last = start, torch.full_like(start, torch.inf), torch.zeros_like(start)
-    for index in range(STEPS):
-        steps = fmt.steps(fmt.with_steps(q, start * (1 - index / GRID))) if index else start
+    shares = [1 - index / GRID for index in range(STEPS)]
+    for share in [*shares, *(-share for share in shares if fmt.mirrors)]:
+        steps = fmt.steps(fmt.with_steps(q, start * share)) if share < 1 else start
         if torch.equal(steps, last):
             continue  # few scales can be stored: the next one is far
         last, ratio = steps, steps / start

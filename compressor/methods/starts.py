@@ -53,7 +53,7 @@ def from_gptq(block: Block, generator: torch.Generator) -> tuple[Starts, tuple[s
             decision = outcome.decisions[layer.ref.name]
             assert isinstance(decision, Quantized)
             value = grouped(fmt.decode(decision.codes, decision.qparams), fmt.group_size)
-            room = _INSIDE * fmt.steps(decision.qparams)  # [out, groups, 1]
+            room = _INSIDE * fmt.steps(decision.qparams).abs()  # [out, groups, 1]
             near = torch.clamp(grouped(layer.weight, fmt.group_size), value - room, value + room)
             starts[layer.ref.name] = replace(layer, weight=near.flatten(-2)), decision.qparams
     return starts, tuple(events)

@@ -9,24 +9,34 @@ A plug-in author derives a test class and names the formats; pytest collects the
 from __future__ import annotations
 
 import copy
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import pytest
 import torch
 from safetensors.torch import load, save
-from torch import Tensor
 
-from compressor.errors import NumericalError
 from compressor.formats.base import (
     PackedTensor,
-    QParams,
     QuantFormat,
     ScaledFormat,
     SearchableFormat,
     bits_per_weight,
     group_setting,
     grouped,
+)
+from compressor.testing.grids import (
+    assert_same_params,
+    assert_usable,
+    grid_values,
+    group_width,
+    mirrored,
+    random_codes,
+    random_weights,
+    refusal_of,
+    rows_per_scale,
+    same_bits,
+    valid_codes,
 )
 
 _SLACK = 2.0**-21
@@ -73,9 +83,9 @@ class FormatConformance:
     def test_all_codes_survive_packing_bit_for_bit(self, fmt: QuantFormat) -> None:
         """Random codes over the whole range, and their parameters, come back from a safetensors file as they were."""
         for rows, groups in ((1, 1), (3, 2), (64, 4)):
-            q = fmt.fit(_weights(fmt, rows, groups))
-            shape = (rows, groups * _width(fmt))
-            codes = _codes(fmt, shape, rows)
+            q = fmt.fit(random_weights(fmt, rows, groups))
+            shape = (rows, groups * group_width(fmt))
+            codes = random_codes(fmt, shape, rows)
             packed = fmt.pack(codes, q)
             stored = load(save(packed.tensors))
             again, params = fmt.unpack(PackedTensor(packed.format, packed.shape, stored))
@@ -86,15 +96,15 @@ class FormatConformance:
     def test_every_code_survives_in_every_lane(self, fmt: QuantFormat) -> None:
         """Each single code, in each position of a row, reads back as itself."""
         every = valid_codes(fmt)
-        codes = every.repeat(-(-_width(fmt) // len(every)) + 1)
-        codes = torch.stack([codes.roll(lane)[: _width(fmt)] for lane in range(len(every))])  # [codes, in]
-        q = fmt.fit(_weights(fmt, len(every), 1))
+        codes = every.repeat(-(-group_width(fmt) // len(every)) + 1)
+        codes = torch.stack([codes.roll(lane)[: group_width(fmt)] for lane in range(len(every))])  # [codes, in]
+        q = fmt.fit(random_weights(fmt, len(every), 1))
         assert torch.equal(fmt.unpack(fmt.pack(codes, q))[0], codes)
 
     def test_zero_stays_zero(self, fmt: QuantFormat) -> None:
         """0 and -0 encode to one code, the same for every scale unless there are zero points, and it decodes to 0."""
-        q = fmt.fit(_weights(fmt, 8, 3))
-        zeros = torch.zeros(8, 3 * _width(fmt))
+        q = fmt.fit(random_weights(fmt, 8, 3))
+        zeros = torch.zeros(8, 3 * group_width(fmt))
         codes = fmt.encode(zeros, q)
         assert torch.equal(codes, fmt.encode(-zeros, q)), "-0 has another code than 0"
         alike = codes if q.zero_point is None else grouped(codes, fmt.group_size)
@@ -106,15 +116,15 @@ class FormatConformance:
 
     def test_decoded_values_do_not_move(self, fmt: QuantFormat) -> None:
         """Encoding what was decoded gives the same value, for random codes over the whole range."""
-        q = fmt.fit(_weights(fmt, 16, 4))
-        codes = _codes(fmt, (16, 4 * _width(fmt)), 1)
+        q = fmt.fit(random_weights(fmt, 16, 4))
+        codes = random_codes(fmt, (16, 4 * group_width(fmt)), 1)
         values = fmt.decode(codes, q)
         assert values.dtype == torch.float32, values.dtype
         assert torch.equal(fmt.decode(fmt.encode(values, q), q), values)
 
     def test_parameters_are_in_stored_precision(self, fmt: QuantFormat) -> None:
         """What `fit` returns is what lies on disk: decoding before and after packing gives the same bits."""
-        w = _weights(fmt, 8, 3)
+        w = random_weights(fmt, 8, 3)
         q = fmt.fit(w)
         codes = fmt.encode(w, q)
         stored_codes, stored = fmt.unpack(fmt.pack(codes, q))
@@ -125,10 +135,10 @@ class FormatConformance:
     def test_codes_are_the_nearest(self, fmt: QuantFormat) -> None:
         """No other code of the group's grid is nearer, by trying all of them."""
         for seed, spread in ((0, 1.0), (1, 1e-4), (2, 1e3)):
-            w = _weights(fmt, 6, 3, seed) * spread
+            w = random_weights(fmt, 6, 3, seed) * spread
             q = fmt.fit(w)
             chosen = (fmt.decode(fmt.encode(w, q), q).double() - w.double()).abs()
-            grid = _grid(fmt, q, w.shape)
+            grid = grid_values(fmt, q, w.shape)
             best = (grid - w.double()).abs().amin(0)
             # A zero point is added to a float32 quotient: the sum is exact to the grid's width, not to the weight's.
             size = w.double().abs() if q.zero_point is None else grid.amax(0) - grid.amin(0)
@@ -137,9 +147,9 @@ class FormatConformance:
 
     def test_min_max_covers_the_weights(self, fmt: QuantFormat) -> None:
         """Min-max parameters clip nothing: no error above half the widest step, the scale's own rounding aside."""
-        w = _weights(fmt, 16, 4)
+        w = random_weights(fmt, 16, 4)
         q = fmt.fit(w)
-        grid = _grid(fmt, q, w.shape).sort(0).values  # [codes, out, in]
+        grid = grid_values(fmt, q, w.shape).sort(0).values  # [codes, out, in]
         error = (fmt.decode(fmt.encode(w, q), q).double() - w.double()).abs()
         widest = grid.diff(dim=0).amax(0)
         rounding = torch.finfo(q.scale.dtype).eps / 2 if q.scale.is_floating_point() else 0.0
@@ -148,14 +158,14 @@ class FormatConformance:
 
     def test_shapes_it_cannot_store_are_refused(self, fmt: QuantFormat) -> None:
         """1-D, 3-D and empty shapes get a reason, fitting ones do not; indivisible ones get one or work."""
-        width = _width(fmt)
+        width = group_width(fmt)
         bad: list[tuple[int, ...]] = [(width,), (2, 2, width), (0, width), (4, 0), ()]
         for shape in bad:
             assert fmt.refuse(shape), f"{shape} is not refused"
         if fmt.group_size is not None and fmt.group_size > 1:
             for columns in (width + 1, width - 1, width + fmt.group_size // 2):
                 if not fmt.refuse((4, columns)):
-                    w = 0.02 * torch.randn(4, columns, generator=_rng(columns))
+                    w = 0.02 * torch.randn(4, columns, generator=torch.Generator().manual_seed(columns))
                     q = fmt.fit(w)
                     codes, stored = fmt.unpack(fmt.pack(fmt.encode(w, q), q))
                     error = fmt.decode(codes, stored) - w
@@ -167,17 +177,17 @@ class FormatConformance:
         """One bad weight is enough, wherever it is, and the error says so."""
         for value in (float("nan"), float("inf"), -float("inf")):
             for dtype in (torch.float32, torch.bfloat16):
-                w = _weights(fmt, 4, 2).to(dtype)
+                w = random_weights(fmt, 4, 2).to(dtype)
                 w[2, -1] = value
-                refusal = _refusal(fmt, w)
+                refusal = refusal_of(fmt, w)
                 assert refusal is not None, f"{value} in {dtype} was fitted"
                 assert refusal.message, "the error lacks a message"
                 assert refusal.hint, "the error lacks a hint"
 
     def test_zero_groups_and_rows_have_usable_scales(self, fmt: QuantFormat) -> None:
         """All-zero groups, rows and matrices get finite, positive steps and decode to zero."""
-        width = _width(fmt)
-        w = _weights(fmt, 5, 3)
+        width = group_width(fmt)
+        w = random_weights(fmt, 5, 3)
         w[0] = 0
         w[1, :width] = 0
         for weights in (w, torch.zeros(2, width)):
@@ -188,13 +198,13 @@ class FormatConformance:
 
     def test_one_row_and_one_group_equal_their_part_of_a_matrix(self, fmt: QuantFormat) -> None:
         """Rows (those under one scale, together) and groups are independent once the global scale is given."""
-        rows = _rows_per_scale(fmt)
+        rows = rows_per_scale(fmt)
         if rows is None:
             return  # one scale for the whole matrix
-        w = _weights(fmt, 3 * rows, 3)
+        w = random_weights(fmt, 3 * rows, 3)
         shared = fmt.fit_global([w])
         whole = fmt.decode(fmt.encode(w, fmt.fit(w, shared)), fmt.fit(w, shared))
-        for part in ((slice(rows, 2 * rows), slice(None)), (slice(None), slice(_width(fmt)))):
+        for part in ((slice(rows, 2 * rows), slice(None)), (slice(None), slice(group_width(fmt)))):
             if fmt.group_size is None and part[1] != slice(None):
                 continue  # half a row has another scale when the row is the group
             q = fmt.fit(w[part], shared)
@@ -203,8 +213,8 @@ class FormatConformance:
     def test_extreme_magnitudes_stay_finite(self, fmt: QuantFormat) -> None:
         """Weights around 1e30 and 1e-30 decode to finite values no worse than rounding to zero, or are refused."""
         for magnitude in (1e30, 1e4, 1e-6, 1e-30):
-            w = _weights(fmt, 4, 2) * magnitude
-            if _refusal(fmt, w) is not None:
+            w = random_weights(fmt, 4, 2) * magnitude
+            if refusal_of(fmt, w) is not None:
                 assert magnitude > 1, f"weights around {magnitude} were refused"
                 continue
             q = fmt.fit(w)
@@ -215,10 +225,10 @@ class FormatConformance:
     def test_layout_promises_what_pack_writes(self, fmt: QuantFormat) -> None:
         """Suffixes, dtypes, shapes and bytes are known from the shape alone."""
         for rows, groups in ((1, 1), (3, 2), (7, 5)):
-            w = _weights(fmt, rows, groups)
+            w = random_weights(fmt, rows, groups)
             q = fmt.fit(w)
             packed = fmt.pack(fmt.encode(w, q), q)
-            shape = (rows, groups * _width(fmt))
+            shape = (rows, groups * group_width(fmt))
             layout = fmt.layout(shape)
             written = {suffix: (t.dtype, tuple(t.shape)) for suffix, t in packed.tensors.items()}
             assert written == {suffix: (slot.dtype, slot.shape) for suffix, slot in layout.items()}
@@ -229,14 +239,14 @@ class FormatConformance:
 
     def test_bfloat16_weights_are_read_exactly(self, fmt: QuantFormat) -> None:
         """bf16 weights give what the same numbers give in float32: nothing is computed in bf16."""
-        w = _weights(fmt, 8, 3).bfloat16()
+        w = random_weights(fmt, 8, 3).bfloat16()
         q, wide = fmt.fit(w), fmt.fit(w.float())
         assert_same_params(q, wide)
         assert torch.equal(fmt.encode(w, q), fmt.encode(w.float(), wide))
 
     def test_inputs_are_not_changed(self, fmt: QuantFormat) -> None:
         """No call writes into its arguments."""
-        w = _weights(fmt, 4, 2)
+        w = random_weights(fmt, 4, 2)
         before = w.clone()
         shared = fmt.fit_global([w])
         kept = None if shared is None else shared.clone()
@@ -257,7 +267,7 @@ class FormatConformance:
 
     def test_strided_weights_give_the_same_codes(self, fmt: QuantFormat) -> None:
         """A transposed view is as good as a copy of it."""
-        w = _weights(fmt, 6, 2)
+        w = random_weights(fmt, 6, 2)
         view = w.t().contiguous().t()
         assert_same_params(fmt.fit(view), fmt.fit(w))
         assert torch.equal(fmt.encode(view, fmt.fit(w)), fmt.encode(w, fmt.fit(w)))
@@ -266,14 +276,14 @@ class FormatConformance:
         """The same weights give the same file, bit for bit."""
         runs = []
         for _ in range(2):
-            w = _weights(fmt, 8, 3)
+            w = random_weights(fmt, 8, 3)
             q = fmt.fit(w)
             runs.append(save(fmt.pack(fmt.encode(w, q), q).tensors))
         assert runs[0] == runs[1]
 
     def test_a_shared_global_scale_is_kept(self, fmt: QuantFormat) -> None:
         """`fit` uses the global scale it is given; a format without one returns None."""
-        small, large = _weights(fmt, 4, 2), _weights(fmt, 4, 2, seed=1) * 3
+        small, large = random_weights(fmt, 4, 2), random_weights(fmt, 4, 2, seed=1) * 3
         shared = fmt.fit_global([small, large])
         assert (shared is not None) == fmt.has_global_scale
         if shared is None:
@@ -293,7 +303,7 @@ class FormatConformance:
         """Every candidate has the same shape and dtype and a usable grid; the first is the given one."""
         if not isinstance(fmt, SearchableFormat):
             return
-        w = _weights(fmt, 4, 2)
+        w = random_weights(fmt, 4, 2)
         w[0] = 0  # the candidates of a zero group must be usable too
         shared = fmt.fit_global([w])
         starts = list(fmt.starts(w, shared))
@@ -311,9 +321,9 @@ class FormatConformance:
         """`round` gives the values of the codes that `encode` gives, ties included, for one scale or many at once."""
         if not isinstance(fmt, ScaledFormat):
             return
-        w = _weights(fmt, 8, 3)
+        w = random_weights(fmt, 8, 3)
         q = fmt.fit(w)
-        values = _grid(fmt, q, (8, 3 * _width(fmt))).float().sort(0).values  # [codes, out, in]
+        values = grid_values(fmt, q, (8, 3 * group_width(fmt))).float().sort(0).values  # [codes, out, in]
         ties = (values[1:] + values[:-1]) / 2
         for z in (w, *values, *ties, values[0] * 3, values[-1] * 3):
             assert torch.equal(fmt.round(z, q), fmt.decode(fmt.encode(z, q), q))
@@ -329,7 +339,7 @@ class FormatConformance:
         """Values are `steps * snap(w / steps)`; new steps are stored as near as possible; reach says what saturates."""
         if not isinstance(fmt, ScaledFormat):
             return
-        w = _weights(fmt, 8, 3)
+        w = random_weights(fmt, 8, 3)
         q = fmt.fit(w)
         steps = fmt.steps(q)  # [out, groups, 1]
         assert torch.equal(fmt.snap(grouped(w, fmt.group_size) / steps, q).mul_(steps).flatten(-2), fmt.round(w, q))
@@ -348,84 +358,22 @@ class FormatConformance:
         further = (fmt.round((z * 1.5).flatten(-2), q) - (z * 1.5).flatten(-2)).abs().view_as(z) / steps
         assert torch.all(further > gap), "what lies outside the reach must move further than what lies inside"
 
-
-def valid_codes(fmt: QuantFormat) -> Tensor:
-    """Return every code that means a number, uint8: all of them, less those a format lists in `nan_codes`."""
-    codes = torch.arange(2**fmt.bits, dtype=torch.uint8)
-    for code in getattr(fmt, "nan_codes", ()):
-        codes = codes[codes != code]
-    return codes
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Return whether two tensors agree in dtype, shape and every bit (FP8 and NaN included)."""
-    if (a.dtype, a.shape) != (b.dtype, b.shape):
-        return False
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
-
-
-def assert_same_params(a: QParams, b: QParams) -> None:
-    """Fail unless all parameters agree bit for bit."""
-    for slot in fields(QParams):
-        left, right = getattr(a, slot.name), getattr(b, slot.name)
-        if left is None or right is None:
-            assert left is right, f"{slot.name} is present on one side only"
-        else:
-            assert (left.dtype, left.shape) == (right.dtype, right.shape), (
-                f"{slot.name}: {left.dtype} {tuple(left.shape)} against {right.dtype} {tuple(right.shape)}"
-            )
-            assert same_bits(left, right), f"{slot.name} differs"
-
-
-def assert_usable(fmt: QuantFormat, q: QParams, shape: tuple[int, ...]) -> None:
-    """Fail unless every group's grid is finite and reaches to both sides of zero, or of its zero point."""
-    grid = _grid(fmt, q, shape)
-    assert torch.isfinite(grid).all(), "a code decodes to NaN or Inf"
-    assert (grid.amax(0) > grid.amin(0)).all(), "a group's scale is zero"
-    if q.zero_point is None:  # else it may be at either end of the grid: weights of a group can have one sign
-        assert (grid.amax(0) > 0).all(), "a group's scale is zero or negative"
-        assert (grid.amin(0) < 0).all(), "a group cannot hold negative weights"
-
-
-def _grid(fmt: QuantFormat, q: QParams, shape: tuple[int, ...]) -> Tensor:
-    """Return what every code means at every place, float64 `[codes, out, in]`."""
-    codes = (torch.full(shape, code, dtype=torch.uint8) for code in valid_codes(fmt).tolist())
-    return torch.stack([fmt.decode(same, q).double() for same in codes])
-
-
-def _refusal(fmt: QuantFormat, w: Tensor) -> NumericalError | None:
-    """Return the error `fit` raises for `w`, or None if it accepts it."""
-    try:
-        fmt.fit(w)
-    except NumericalError as error:
-        return error
-    return None
-
-
-def _width(fmt: QuantFormat) -> int:
-    """Return one group's inputs; for one scale per row an odd width, so that rows end inside a word."""
-    return fmt.group_size or 37
-
-
-def _rows_per_scale(fmt: QuantFormat) -> int | None:
-    """Return how many rows share a scale, judged by what is stored for a large matrix; None for all of them."""
-    rows = 1024
-    slot = fmt.layout((rows, 4 * _width(fmt)))["weight_scale"]
-    return None if len(slot.shape) == 1 else rows // slot.shape[0]
-
-
-def _codes(fmt: QuantFormat, shape: tuple[int, int], seed: int) -> Tensor:
-    """Return random codes, uint8, among all that mean a number."""
-    valid = valid_codes(fmt)
-    return valid[torch.randint(0, len(valid), shape, generator=_rng(seed))]
-
-
-def _rng(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def _weights(fmt: QuantFormat, rows: int, groups: int, seed: int = 0) -> Tensor:
-    """Return Gaussian weights `[rows, groups * width]` whose groups differ in size by up to some hundred times."""
-    rng = _rng(seed + 1000 * rows + groups)
-    size = torch.exp(1.5 * torch.randn(rows, groups, 1, generator=rng))
-    return (0.02 * size * torch.randn(rows, groups, _width(fmt), generator=rng)).flatten(1)
+    def test_mirrored_grids_are_mirrored_and_stored(self, fmt: QuantFormat) -> None:
+        """Where negative scales are allowed, codes mean the opposite values, the nearest is chosen, all is stored."""
+        if not isinstance(fmt, ScaledFormat) or not fmt.mirrors:
+            return
+        w = random_weights(fmt, 6, 4)
+        q = fmt.fit(w)
+        turned = mirrored(fmt, q)
+        signs = fmt.steps(turned) / fmt.steps(q)  # [out, groups, 1]
+        assert_same_params(fmt.with_steps(q, fmt.steps(q) * signs), turned)
+        codes = random_codes(fmt, (6, w.shape[1]), 2)
+        stored_codes, stored = fmt.unpack(fmt.pack(codes, turned))
+        assert torch.equal(stored_codes, codes)
+        assert_same_params(stored, turned)
+        opposite = grouped(fmt.decode(codes, q), fmt.group_size) * signs
+        assert torch.equal(grouped(fmt.decode(codes, turned), fmt.group_size), opposite)
+        chosen = (fmt.decode(fmt.encode(w, turned), turned).double() - w.double()).abs()
+        best = (grid_values(fmt, turned, (6, w.shape[1])) - w.double()).abs().amin(0)
+        assert (chosen <= best + _SLACK * w.double().abs()).all(), "a weight has a nearer code"
+        assert torch.equal(fmt.round(w, turned), fmt.decode(fmt.encode(w, turned), turned))

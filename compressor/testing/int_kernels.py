@@ -13,6 +13,7 @@ from compressor.formats.base import PackedTensor, QuantFormat
 from compressor.formats.small_floats import exponent_codes, largest_value
 from compressor.inputs import InputOp, Permute, Quantize, Rotate, RoundFloat, Scale, Shift
 from compressor.kernels.gpu.rounding import Rounding, codes_of, fused
+from compressor.testing.grids import mirrored
 from compressor.testing.kernels import DTYPES, KernelResult
 
 
@@ -72,7 +73,7 @@ def check(case: IntCase, device: str = "cpu") -> KernelResult:
     generator = torch.Generator().manual_seed(case.seed)
     fmt = get_format(case.format, "tensor" if case.group == -1 else case.group, torch.bfloat16)
     w = torch.randn(case.n, case.k, generator=generator) * torch.linspace(0.01, 2, case.n)[:, None]
-    q = fmt.fit(w)
+    q = mirrored(fmt, fmt.fit(w))
     codes = fmt.encode(w, q)
     if case.inputs.startswith("fp8"):
         return _check_floats(case, fmt.pack(codes, q), fmt, generator, device)

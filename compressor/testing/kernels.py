@@ -25,6 +25,7 @@ from compressor.formats.base import PackedTensor, QParams, QuantFormat
 from compressor.formats.codebook import Codebook
 from compressor.formats.float4 import SPLITS, Float4
 from compressor.formats.power import Power
+from compressor.testing.grids import mirrored
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -198,7 +199,7 @@ def _params(fmt: QuantFormat, w: Tensor, variant: str, generator: torch.Generato
         table = torch.randn(1 << fmt.bits, generator=generator).exp_().sub_(1.0)
         table[3] = 0.0
         return fmt.fit_table(w, tuple(table.tolist()))
-    return fmt.fit(w)
+    return mirrored(fmt, fmt.fit(w))
 
 
 def as_multiplied(packed: PackedTensor, fmt: QuantFormat, dense: Tensor, dtype: torch.dtype) -> Tensor:

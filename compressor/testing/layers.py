@@ -19,7 +19,7 @@ from compressor.formats.base import QuantFormat
 from compressor.methods.base import Layer, Method, Scope
 from compressor.methods.scaling import Factors, FoldingMethod, FoldSite
 from compressor.plan import Fold, FoldKind, Kind, WeightRef, Where
-from compressor.testing.formats import assert_same_params
+from compressor.testing.grids import assert_same_params
 
 GAIN = "model.layers.0.norm.weight"
 """Name of the norm in front of the layers `fused_layers` makes."""

@@ -261,7 +261,16 @@ CASES: dict[str, Case] = {
         "int4", lambda b: b.edit(f"{Q}.weight_scale", set_first(float("inf"))), "values.scales", "1 NaN or Inf"
     ),
     "scale-zero": Case("int4", lambda b: b.edit(f"{Q}.weight_scale", set_first(0)), "values.scales", "1 zero"),
-    "scale-negative": Case("int4", lambda b: b.edit(f"{Q}.weight_scale", set_first(-1)), "values.scales", "1 negative"),
+    "scale-negative": Case(
+        "int4-asym",
+        lambda b: b.edit(f"{Q}.weight_scale", set_first(-1)),
+        "values.scales",
+        "1 negative",
+        also=(("readers.transformers", "warning"),),
+    ),
+    "fp8-scale-negative": Case(
+        "nvfp4", lambda b: b.edit(f"{Q}.weight_scale", set_first(-1)), "values.scales", "1 negative"
+    ),
     "fp8-scale-nan": Case(
         "nvfp4", lambda b: b.edit(f"{Q}.weight_scale", set_first(float("nan"))), "values.scales", "1 NaN or Inf of 256"
     ),
@@ -436,6 +445,15 @@ def test_every_way_to_break_one(name: str, made: Maker, tmp_path: Path) -> None:
     assert problems(report) == {(case.check, case.severity), *case.also}, text(report)
     assert case.says in text(report)
     assert report.ok is (case.severity != "error")
+
+
+def test_mirrored_integers_are_sound(made: Maker, tmp_path: Path) -> None:
+    broken = copy_of(made("int4"), tmp_path / "copy")
+    broken.edit(f"{Q}.weight_scale", set_first(-1))
+    assert problems(check(broken.folder, quick=True)) == problems(check(made("int4"), quick=True))
+    found = text(check(broken.folder, reader="vllm", quick=True))
+    assert "VLLM_MARLIN_INPUT_DTYPE=int8" in found
+    assert "VLLM_MARLIN_INPUT_DTYPE" not in text(check(made("int4"), reader="vllm", quick=True))
 
 
 def test_every_check_is_broken_by_some_case() -> None:

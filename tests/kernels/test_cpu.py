@@ -21,6 +21,7 @@ from compressor.kernels.dispatch import Problem
 from compressor.kernels.reference.linear import dequantize, packed_linear
 from compressor.runtime import PackedLinear, execution_path, load
 from compressor.testing.checkpoints import write_compressed
+from compressor.testing.grids import mirrored
 from compressor.testing.models import sample_tokens, tiny_llama, tiny_olmoe
 
 BF16 = torch.bfloat16
@@ -39,7 +40,7 @@ def weight(
     generator = torch.Generator().manual_seed(seed)
     fmt = get_format(name, group, dtype)  # type: ignore[arg-type]
     w = torch.randn(shape, generator=generator) * torch.linspace(0.01, 2, shape[0])[:, None] + 0.3
-    q = fmt.fit(w)
+    q = mirrored(fmt, fmt.fit(w))
     codes = torch.randint(0, 1 << fmt.bits, shape, generator=generator, dtype=torch.uint8)
     return fmt.pack(codes, q), fmt, fmt.decode(codes, q)
 

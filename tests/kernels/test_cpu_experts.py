@@ -13,6 +13,7 @@ from compressor.inputs import InputOp, Quantize, apply_ops
 from compressor.kernels import dispatch
 from compressor.kernels.cpu import integers, kernel
 from compressor.runtime import PackedExperts, PackedLinear
+from compressor.testing.grids import mirrored
 from compressor.testing.memory import peak_bytes
 
 N_EXPERTS, WIDTH = 12, 512
@@ -55,7 +56,7 @@ def build(
         layers = {}
         for role in ("gate", "up", "down"):
             w = torch.randn(WIDTH, WIDTH, generator=generator) / WIDTH**0.5
-            q = fmt.fit(w, fmt.fit_global([w]))
+            q = mirrored(fmt, fmt.fit(w, fmt.fit_global([w])))
             layers[f"{role}_proj"] = PackedLinear(fmt.pack(fmt.encode(w, q), q), fmt, None, inputs, dtype)
         dense.append([layer.dequantize() for layer in layers.values()])
         experts.append(layers)

@@ -21,6 +21,7 @@ from compressor.kernels.cpu.integers import IntegerLinear, prepare, quantize
 from compressor.kernels.dispatch import Problem
 from compressor.kernels.gpu.rounding import Rounding, codes_of, fused
 from compressor.runtime import PackedLinear, execution_path
+from compressor.testing.grids import mirrored
 from compressor.testing.models import tiny_llama
 from compressor.testing.tools import save_checkpoint, write_text
 
@@ -41,7 +42,7 @@ def generator(seed: int) -> torch.Generator:
 def weight(name: str, group: str | None, n: int, k: int, seed: int = 1) -> tuple[PackedTensor, QuantFormat, Tensor]:
     """Return a packed weight of every code there is, its format, and what it decodes to."""
     fmt = get_format(name, group, BF16)  # type: ignore[arg-type]
-    q = fmt.fit(torch.randn(n, k, generator=generator(seed)) * torch.linspace(0.01, 2, n)[:, None])
+    q = mirrored(fmt, fmt.fit(torch.randn(n, k, generator=generator(seed)) * torch.linspace(0.01, 2, n)[:, None]))
     codes = torch.randint(0, 1 << fmt.bits, (n, k), generator=generator(seed), dtype=torch.uint8)
     return fmt.pack(codes, q), fmt, fmt.decode(codes, q)
 

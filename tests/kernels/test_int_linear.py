@@ -22,6 +22,7 @@ from compressor.kernels.gpu.int_weight import HALF, IntWeight, pack_bytes, unpac
 from compressor.kernels.gpu.rounding import codes_of, fused
 from compressor.kernels.reference.small_floats import float_linear, input_integers, unit
 from compressor.runtime.modules import PackedLinear
+from compressor.testing.grids import mirrored
 
 CPU = torch.device("cpu")
 ROUNDED = [name for name in INPUT_FORMATS if name.startswith("int") or name in ("fp8-token", "fp8-tensor")]
@@ -36,7 +37,7 @@ def packed_of(name: str, group: int | str | None, n: int, k: int) -> tuple[Packe
     name, _, split = name.partition(":")
     fmt = get_format(name, group, torch.bfloat16)  # type: ignore[arg-type]
     w = torch.randn(n, k, generator=generator(1)) * torch.linspace(0.01, 2, n)[:, None]
-    q = fmt.fit_table(w, SPLITS[split]) if isinstance(fmt, Float4) else fmt.fit(w)
+    q = fmt.fit_table(w, SPLITS[split]) if isinstance(fmt, Float4) else mirrored(fmt, fmt.fit(w))
     codes = fmt.encode(w, q)
     return fmt.pack(codes, q), fmt, fmt.decode(codes, q)
 

@@ -112,8 +112,9 @@ def test_clipping_is_the_best_range_of_every_group(fmt: ScaledFormat) -> None:
     q = fmt.fit(w)
     got = clip(w, fmt, q, moment)
     expected = torch.full((7, 64 // width), torch.inf, dtype=torch.float64)
-    for step in range(10):
-        p = fmt.with_steps(q, fmt.steps(q) * (1 - step / 20)) if step else q
+    shares = [side * (1 - step / 20) for side in ((1, -1) if fmt.mirrors else (1,)) for step in range(10)]
+    for share in shares:
+        p = fmt.with_steps(q, fmt.steps(q) * share)
         delta = (fmt.round(w, p) - w).double()
         slope = (delta @ moment.double()).mul(delta)
         expected = torch.minimum(expected, slope.unflatten(1, (-1, width)).sum(-1))

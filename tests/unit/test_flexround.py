@@ -18,6 +18,7 @@ from compressor.methods.adaround import AdaRound, AdaRoundOptions
 from compressor.methods.base import Block
 from compressor.methods.flexround import Division, FlexRound, FlexRoundOptions
 from compressor.testing.blocks import block_of, residual_mlp
+from compressor.testing.grids import mirrored
 from compressor.testing.layers import correlated_inputs, fused_layers, heavy_tailed_weights, quantized
 
 EXACT = torch.float32
@@ -110,7 +111,7 @@ def test_groups() -> None:
 )
 def test_gradients_are_those_of_autograd(fmt: IntFormat) -> None:
     w = heavy_tailed_weights(6, 32, 3, 0.5)
-    rounding = division(w, fmt, fmt.fit(w))
+    rounding = division(w, fmt, mirrored(fmt, fmt.fit(w)))
     rng = torch.Generator().manual_seed(1)
     rounding.log_divisor.copy_(0.5 * torch.randn(w.shape, generator=rng))
     rounding.log_row.copy_(0.2 * torch.randn((6, 1), generator=rng))
@@ -121,14 +122,15 @@ def test_gradients_are_those_of_autograd(fmt: IntFormat) -> None:
     variables = [v.clone().requires_grad_() for v in (rounding.log_divisor, rounding.log_row, rounding.log_step)]
     divisor, row, step = variables
     group = fmt.group_size or 32
-    z = (w / torch.exp(divisor + row)).unflatten(1, (-1, group)) / step.exp()
+    scale = step.exp() * rounding.side
+    z = (w / torch.exp(divisor + row)).unflatten(1, (-1, group)) / scale
     zero = 0 if rounding.q.zero_point is None else rounding.q.zero_point.unsqueeze(-1)
     low, high = -fmt.zero_code - zero, fmt.zero_code - 1 - zero
     straight = z + (z.round() - z).detach()
     inside = (z.round() >= low) & (z.round() <= high)
     assert (~inside).any(), "nothing saturates, so nothing is tested"
     clamped = torch.where(inside, straight, straight.detach().clamp(torch.as_tensor(low), torch.as_tensor(high)))
-    (clamped * step.exp()).flatten(1).backward(gradient)
+    (clamped * scale).flatten(1).backward(gradient)
     for ours, theirs in zip((rounding.log_divisor, rounding.log_row, rounding.log_step), variables, strict=True):
         assert ours.grad is not None
         assert theirs.grad is not None
@@ -212,22 +214,24 @@ def test_learning_rate_zero_points_stay() -> None:
 
 def test_balance_keeps_one_loud_token_from_taking_over() -> None:
     """One token a thousand times larger than the others: plain squared errors see nothing else."""
-    errors = {}
-    for balance in (0.0, 0.5):
-        weights = [heavy_tailed_weights(48, 64, 3, 0.08)]
-        block = loud_token(block_of(IntFormat(3, 16, torch.bfloat16), weights, correlated_inputs(64, 1024, 3)))
-        options = FlexRoundOptions(iters=60, precision="fp32", balance=balance)
-        outcome = FlexRound(options).solve_block(block, torch.Generator().manual_seed(0))
-        decided = {
-            layer.ref.name: fmt.decode(quantized(d).codes, quantized(d).qparams)
-            for (layer, fmt), d in zip(block.layers, outcome.decisions.values(), strict=True)
-        }
-        quiet = [
-            (block.forward(block.inputs(sample), decided) - block.targets(sample))[0, 1:].square().sum()
-            for sample in range(block.n_samples)
-        ]
-        errors[balance] = float(torch.stack(quiet).sum())
-    assert errors[0.5] < 0.8 * errors[0.0], errors
+    errors = {balance: sum(_quiet_error(balance, seed) for seed in (3, 4)) for balance in (0.0, 0.5)}
+    assert errors[0.5] < 0.9 * errors[0.0], errors
+
+
+def _quiet_error(balance: float, seed: int) -> float:
+    """Return the squared error of all tokens but the loud one, once the block has been learned."""
+    weights = [heavy_tailed_weights(48, 64, seed, 0.08)]
+    block = loud_token(block_of(IntFormat(3, 16, torch.bfloat16), weights, correlated_inputs(64, 1024, seed)))
+    options = FlexRoundOptions(iters=60, precision="fp32", balance=balance)
+    outcome = FlexRound(options).solve_block(block, torch.Generator().manual_seed(0))
+    decided = {
+        layer.ref.name: fmt.decode(quantized(d).codes, quantized(d).qparams)
+        for (layer, fmt), d in zip(block.layers, outcome.decisions.values(), strict=True)
+    }
+    return sum(
+        float((block.forward(block.inputs(sample), decided) - block.targets(sample))[0, 1:].square().sum())
+        for sample in range(block.n_samples)
+    )
 
 
 def loud_token(block: Block) -> Block:

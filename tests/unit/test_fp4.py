@@ -17,7 +17,7 @@ from compressor.formats.nvfp4 import NVFP4
 from compressor.methods.base import Layer, Method
 from compressor.methods.fp4 import FP4, FP4Options, better_rows, diagonal_blocks, search_groups, sweep
 from compressor.methods.rtn import RTN
-from compressor.testing.formats import assert_same_params
+from compressor.testing.grids import assert_same_params
 from compressor.testing.layers import (
     correlated_inputs,
     fused_layers,

@@ -15,7 +15,7 @@ from compressor.formats.float4 import SPLITS, Float4, Grid
 from compressor.methods import fp4
 from compressor.methods.base import Layer
 from compressor.methods.fp4 import FP4, FP4Options, row_errors, search_rows, search_splits
-from compressor.testing.formats import assert_same_params
+from compressor.testing.grids import assert_same_params
 from compressor.testing.layers import (
     correlated_inputs,
     fused_layers,

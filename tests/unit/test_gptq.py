@@ -23,7 +23,8 @@ from compressor.methods.columns import Curvature, compensate, group_params, scal
 from compressor.methods.gptq import GPTQ, GPTQOptions, input_order, stacked
 from compressor.methods.grids import best_start, mse_clip, rows_of
 from compressor.methods.rtn import RTN
-from compressor.testing.formats import assert_same_params, describe
+from compressor.testing.formats import describe
+from compressor.testing.grids import assert_same_params
 from compressor.testing.layers import (
     correlated_inputs,
     fused_layers,

@@ -18,7 +18,8 @@ from compressor.formats.mxfp4 import MXFP4
 from compressor.formats.nvfp4 import NVFP4
 from compressor.methods.grids import best_start, mse_clip
 from compressor.methods.rtn import RTN, RTNOptions
-from compressor.testing.formats import assert_same_params, describe
+from compressor.testing.formats import describe
+from compressor.testing.grids import assert_same_params
 from compressor.testing.layers import correlated_inputs, fused_layers, heavy_tailed_weights, quantized, solve
 
 FORMATS: tuple[ScaledFormat, ...] = (
@@ -51,7 +52,9 @@ def test_no_range_on_the_list_has_a_smaller_error(fmt: ScaledFormat, norm: float
     weight = torch.rand(96, generator=torch.Generator().manual_seed(2)) ** 4 if weighted else None
     start = fmt.fit(w)
     found = mse_clip(w, fmt, start, norm, weight)
-    ranges = [fmt.with_steps(start, fmt.steps(start) * (100 - i) / 100) for i in range(80)]
+    shares = [(100 - i) / 100 for i in range(80)]
+    sides = (1, -1) if fmt.mirrors else (1,)
+    ranges = [fmt.with_steps(start, fmt.steps(start) * (side * share)) for side in sides for share in shares]
     least = torch.stack([errors(w, fmt, q, norm, weight) for q in ranges]).amin(0)
     reached = errors(w, fmt, found, norm, weight)
     assert torch.allclose(reached, least, rtol=1e-5, atol=0)
@@ -70,6 +73,18 @@ def test_the_worked_example() -> None:
     assert float(found.scale) == pytest.approx(0.2369571, rel=1e-6)
     assert fmt.encode(w, found).tolist() == [[1, 0, 2, 1, 1, 7]]
     assert float(errors(w, fmt, found, 2.4)) == pytest.approx(0.0096728, rel=1e-5)
+
+
+def test_a_grid_is_mirrored_where_the_largest_weight_is_positive() -> None:
+    """Two bits hold -2, -1, 0 and 1 steps: with a step of -0.2 the 0.4 has a code."""
+    fmt = IntFormat(2, 4, torch.float32)
+    w = torch.tensor([[0.4, 0.2, 0.0, -0.2], [-0.4, -0.2, 0.0, 0.2]])
+    found = mse_clip(w, fmt, fmt.fit(w))
+    assert found.scale.flatten().tolist() == pytest.approx([-0.2, 0.2])
+    assert fmt.encode(w, found).tolist() == [[0, 1, 2, 3], [0, 1, 2, 3]]
+    assert torch.allclose(fmt.round(w, found), w)
+    eight = IntFormat(8, 4, torch.float32)
+    assert (mse_clip(w, eight, eight.fit(w)).scale > 0).all()
 
 
 @each
@@ -98,8 +113,8 @@ def test_inputs_of_no_importance_are_clipped() -> None:
     weight = torch.ones(16)
     weight[3] = 0
     found = mse_clip(w, fmt, fmt.fit(w), 2.0, weight)
-    assert float(found.scale) == pytest.approx(0.1, rel=0.05)
-    assert float(mse_clip(w, fmt, fmt.fit(w), 2.0).scale) > 0.11
+    assert abs(float(found.scale)) == pytest.approx(0.1, rel=0.05)
+    assert abs(float(mse_clip(w, fmt, fmt.fit(w), 2.0).scale)) > 0.11
 
 
 def test_rows_do_not_depend_on_each_other() -> None:
