@@ -17,7 +17,8 @@ from typing import Any
 
 from compressor.checkpoint.cache import cache_root, writing
 from compressor.errors import CheckpointError, ResourceError
-from compressor.evals.results import TaskResult, task_from_json
+from compressor.evals.fields import task_from_json
+from compressor.evals.scores import TaskResult
 from compressor.report import Progress
 
 FOLDER = "evaluations"

@@ -10,7 +10,7 @@ from typing import Any
 
 from compressor.errors import VerificationError
 from compressor.evals.perplexity import exponential
-from compressor.evals.results import Estimate, Samples, weighted_mean
+from compressor.evals.scores import Estimate, Samples, weighted_mean
 
 NLL = "nll"
 

@@ -28,8 +28,8 @@ from compressor.evals.perplexity import (
     window_logits,
     windows,
 )
-from compressor.evals.results import Estimate, TaskResult
 from compressor.evals.routing import RouterWatch
+from compressor.evals.scores import Estimate, TaskResult
 
 Progress = Callable[[int, int], None]
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compressor.errors import RecipeError, VerificationError
-from compressor.evals.results import Estimate, Samples, TaskResult
+from compressor.evals.scores import Estimate, Samples, TaskResult
 
 VERSION = "1"
 """Of the definition; raise it when a change to sentences, pooling or metrics changes scores."""

@@ -25,8 +25,9 @@ from compressor.evals.gate_inputs import (
     sample_column,
 )
 from compressor.evals.paired import Pairs, pair
-from compressor.evals.results import Evaluation, Model
+from compressor.evals.results import Evaluation
 from compressor.evals.rules import Kind, Rule
+from compressor.evals.scores import Model
 
 
 class Verdict(Enum):

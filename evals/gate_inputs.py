@@ -7,7 +7,8 @@ from collections.abc import Mapping
 
 from compressor.errors import RecipeError
 from compressor.evals.paired import safe_exp
-from compressor.evals.results import Evaluation, TaskResult
+from compressor.evals.results import Evaluation
+from compressor.evals.scores import TaskResult
 
 ALIASES = {"ppl": "perplexity", "nll": "perplexity.nll", "agreement": "kl.agreement"}
 """Short names; a task of that very name in the evaluation comes first."""

@@ -36,7 +36,7 @@ from compressor.errors import (
 from compressor.evals.columns import collect
 from compressor.evals.isolation import outside_of, seeded, silenced
 from compressor.evals.minimal_pairs import read_pairs
-from compressor.evals.results import TaskResult
+from compressor.evals.scores import TaskResult
 from compressor.evals.task_objects import (
     absolute_files,
     aggregation_names,

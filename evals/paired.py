@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from compressor.errors import RecipeError
 from compressor.evals.confidence import Array, Confidence, mean_confidence, share_confidence
-from compressor.evals.results import Estimate, Samples, weighted_mean
+from compressor.evals.scores import Estimate, Samples, weighted_mean
 
 NOT_SHARES = frozenset(
     (

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compressor.errors import RecipeError, VerificationError
-from compressor.evals.results import Estimate, Samples, TaskResult
+from compressor.evals.scores import Estimate, Samples, TaskResult
 
 VERSION = "1"
 """Of the definition of perplexity and KL; raise it when a change to windows, segments or formulas changes scores."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from compressor.calibration.routers import router_logits, routing_rule
 from compressor.errors import RecipeError
 from compressor.evals.perplexity import Text
-from compressor.evals.results import Estimate, TaskResult
+from compressor.evals.scores import Estimate, TaskResult
 from compressor.runtime import PackedExperts
 from compressor.stacks import is_expert_stack
 

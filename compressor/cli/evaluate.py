@@ -13,7 +13,8 @@ from compressor.errors import RecipeError
 from compressor.process import peak_rss
 
 if TYPE_CHECKING:
-    from compressor.evals.results import Estimate, Evaluation
+    from compressor.evals.results import Evaluation
+    from compressor.evals.scores import Estimate
     from compressor.measure import Evaluated
 
 TEXT_TASKS = ("perplexity", "kl", "routers")

@@ -16,7 +16,8 @@ from compressor.evals.compare import compare
 from compressor.evals.embeddings import Sentences, compare_embeddings, embed
 from compressor.evals.perplexity import VERSION as TEXT_VERSION
 from compressor.evals.perplexity import Text, perplexity
-from compressor.evals.results import Evaluation, TaskResult
+from compressor.evals.results import Evaluation
+from compressor.evals.scores import TaskResult
 from compressor.evals.tasks import AGAINST_BASELINE, EMBEDDINGS
 from compressor.measure.subject import DTYPE, Subject
 from compressor.report import Progress

@@ -16,8 +16,8 @@ from compressor.checkpoint.source import shard_files
 from compressor.environment import load_tokenizer
 from compressor.errors import UnsupportedError
 from compressor.evals.activations import check_activations
-from compressor.evals.results import Model
 from compressor.evals.saturation import Watch
+from compressor.evals.scores import Model
 from compressor.files import sha256_file
 from compressor.runtime import execution_path, load
 

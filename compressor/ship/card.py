@@ -18,7 +18,8 @@ import yaml
 
 from compressor.checkpoint.source import read_json
 from compressor.evals.compare import difference, is_perplexity
-from compressor.evals.results import Estimate, Evaluation
+from compressor.evals.results import Evaluation
+from compressor.evals.scores import Estimate
 from compressor.evals.verdict import read_verdict
 from compressor.formats.native import MODEL_TYPE_PREFIX
 from compressor.formats.pruned import PRUNED

@@ -16,7 +16,8 @@ from compressor.checkpoint.skeleton import quiet
 from compressor.checkpoint.source import read_json
 from compressor.environment import load_tokenizer
 from compressor.errors import CheckpointError
-from compressor.evals.results import Estimate, Evaluation
+from compressor.evals.results import Evaluation
+from compressor.evals.scores import Estimate
 from compressor.inputs import Quantize
 from compressor.measure import EVALUATION
 from compressor.output import REPORT

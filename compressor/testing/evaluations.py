@@ -7,7 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from compressor.evals.results import Estimate, Evaluation, Model, Samples, TaskResult
+from compressor.evals.results import Evaluation
+from compressor.evals.scores import Estimate, Model, Samples, TaskResult
 
 
 def model(name: str) -> Model:

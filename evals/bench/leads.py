@@ -10,7 +10,7 @@ from compressor.evals.bench.record import Record
 from compressor.evals.bench.row import Row
 from compressor.evals.bench.table import Table
 from compressor.evals.paired import paired_difference
-from compressor.evals.results import Estimate
+from compressor.evals.scores import Estimate
 
 CLEAR = 2.0
 """Standard errors from which a difference counts."""

@@ -13,7 +13,7 @@ from compressor.evals.bench.row import ORIGINAL, Row
 from compressor.evals.bench.seeds import seeds_section
 from compressor.evals.bench.table import Table, read_table, results_folder
 from compressor.evals.paired import paired_difference
-from compressor.evals.results import Estimate
+from compressor.evals.scores import Estimate
 from compressor.evals.tasks import EMBEDDINGS
 
 SENTENCE_HEAD = (

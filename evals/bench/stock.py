@@ -13,7 +13,8 @@ from typing import Any
 
 from compressor.errors import VerificationError
 from compressor.evals.perplexity import exponential
-from compressor.evals.results import Estimate, Evaluation, Model, Samples, TaskResult
+from compressor.evals.results import Evaluation
+from compressor.evals.scores import Estimate, Model, Samples, TaskResult
 
 TOLERANCE = 1e-3
 """Largest difference of the original's perplexity between this package and stock transformers, relative."""

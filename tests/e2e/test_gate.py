@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from compressor.cli import app as cli
-from compressor.evals.results import TaskResult
+from compressor.evals.scores import TaskResult
 from compressor.testing.evaluations import document_task, evaluation, kl_task, perplexity_task
 from compressor.testing.tools import run_cli
 

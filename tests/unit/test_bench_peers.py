@@ -21,7 +21,8 @@ from compressor.evals.bench.record import Record
 from compressor.evals.bench.steps import Cost
 from compressor.evals.bench.table import TABLES, Table, read_table
 from compressor.evals.bench.tools import bits_per_weight, tool_arguments
-from compressor.evals.results import Estimate, Evaluation, Model, Samples, TaskResult
+from compressor.evals.results import Evaluation
+from compressor.evals.scores import Estimate, Model, Samples, TaskResult
 from compressor.testing.models import tiny_llama
 
 TEXT = {"file": "text.txt", "sha256": "0" * 64}

@@ -15,7 +15,8 @@ from compressor.evals.bench.rows import expert_tokens
 from compressor.evals.bench.seeds import seeds_section
 from compressor.evals.bench.steps import Cost
 from compressor.evals.bench.table import Table, read_table
-from compressor.evals.results import Estimate, Evaluation, Model, Samples, TaskResult
+from compressor.evals.results import Evaluation
+from compressor.evals.scores import Estimate, Model, Samples, TaskResult
 
 SHA = "0" * 64
 YAML = """

@@ -14,7 +14,7 @@ from compressor.evals import perplexity as perplexity_module
 from compressor.evals.compare import Comparison, check_tokenizers, compare, difference, percentile
 from compressor.evals.generate import generate
 from compressor.evals.perplexity import Text, exponential, perplexity, segment_sums, windows
-from compressor.evals.results import Estimate, weighted_mean
+from compressor.evals.scores import Estimate, weighted_mean
 from compressor.testing.models import sample_tokens, tiny_bert, tiny_llama, tiny_tokenizer
 
 

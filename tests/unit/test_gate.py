@@ -12,8 +12,9 @@ from compressor.errors import RecipeError
 from compressor.evals.gate import GateResult, Judgement, Verdict, gate
 from compressor.evals.gate_inputs import resolve
 from compressor.evals.gate_report import headline, junit, markdown
-from compressor.evals.results import Estimate, Evaluation, TaskResult
+from compressor.evals.results import Evaluation
 from compressor.evals.rules import parse_rule
+from compressor.evals.scores import Estimate, TaskResult
 from compressor.testing.evaluations import document_task, evaluation, kl_task, perplexity_task
 
 BLIMP = "minimal-pairs:blimp-a"

@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 
 from compressor.errors import CheckpointError, HubError, RecipeError, UnsupportedError, VerificationError
 from compressor.evals import harness as harness_module
+from compressor.evals.fields import task_from_json
 from compressor.evals.harness import Harness
-from compressor.evals.results import TaskResult, task_from_json
+from compressor.evals.scores import TaskResult
 from compressor.evals.tasks import PAIRS_YAML, choose
 from compressor.report import Silent
 from compressor.testing.models import tiny_llama, tiny_tokenizer

@@ -8,7 +8,7 @@ import pytest
 
 from compressor.errors import RecipeError
 from compressor.evals.paired import pair, paired_difference, paired_ratio
-from compressor.evals.results import Samples
+from compressor.evals.scores import Samples
 from compressor.testing.evaluations import samples
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from compressor.errors import CheckpointError
-from compressor.evals.results import Estimate, Evaluation, Model, Samples, TaskResult, weighted_mean
+from compressor.evals.results import Evaluation
+from compressor.evals.scores import Estimate, Model, Samples, TaskResult, weighted_mean
 
 
 def evaluation() -> Evaluation:
