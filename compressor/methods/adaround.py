@@ -29,7 +29,7 @@ from compressor.methods.base import Block, Layer, Scope, Stream
 from compressor.methods.grids import clamped
 from compressor.methods.learning import LearningOptions
 from compressor.methods.reconstruction import learn
-from compressor.methods.starts import from_grids
+from compressor.methods.starts import from_grid
 from compressor.plan import WeightRef
 
 _LOW, _HIGH = -0.1, 1.1
@@ -72,11 +72,9 @@ class AdaRound:
     def solve_block(self, block: Block, generator: torch.Generator) -> Outcome:
         """Learn all roundings of the block together."""
 
-        starts = from_grids(block, clip=self.options.start == "mse")
-
         def start(layer: Layer, fmt: QuantFormat) -> UpOrDown:
             assert isinstance(fmt, IntFormat)
-            return UpOrDown(*starts[layer.ref.name], fmt, self.options)
+            return UpOrDown(*from_grid(layer, fmt, self.options.start == "mse"), fmt, self.options)
 
         return learn(block, start, self.options, generator)
 

@@ -32,20 +32,26 @@ from compressor.methods.base import Block, Layer, Scope, Stream
 from compressor.methods.grids import clamped
 from compressor.methods.learning import LearningOptions
 from compressor.methods.reconstruction import learn
-from compressor.methods.starts import from_gptq, from_grids
+from compressor.methods.starts import from_gptq, from_grid
 from compressor.plan import Kind, WeightRef
 
 
 class FlexRoundOptions(LearningOptions):
     """Options of FlexRound."""
 
-    start: Literal["mse", "gptq", "minmax"] = Field(
-        "mse", description="before learning: a grid, mse (clipped) or minmax; or what gptq makes of the layers"
+    start: Literal["mse", "gptq", "minmax"] | None = Field(
+        None,
+        description="before learning: a grid, mse (clipped) or minmax; or what gptq makes of the layers; if unset gptq "
+        "at 2 bits, else mse",
     )
     lr: float | None = Field(None, ge=0, le=1, description="learning rate of the logarithms; if unset 0.16 / 2**bits")
     lr_scale: float | None = Field(None, ge=0, le=1, description="learning rate of the grid size; lr if unset")
     row_divisor: bool = Field(True, description="learn s3, one divisor per output channel")
     channel_divisor: bool = Field(True, description="convolutions: learn s4, one divisor per input channel")
+
+    def begin(self, bits: int) -> Literal["mse", "gptq", "minmax"]:
+        """Return `start`, or what it is for weights of these bits if unset."""
+        return self.start or ("gptq" if bits == 2 else "mse")
 
 
 class FlexRound:
@@ -62,7 +68,7 @@ class FlexRound:
 
     def stats(self, fmt: QuantFormat) -> tuple[SecondMoment, ...]:
         """Return the second moment, if GPTQ makes the start."""
-        return (SecondMoment(),) if self.options.start == "gptq" else ()
+        return (SecondMoment(),) if self.options.begin(fmt.bits) == "gptq" else ()
 
     def refuse(self, ref: WeightRef, fmt: QuantFormat) -> str | None:
         """Refuse formats whose grid does not stretch with a step."""
@@ -72,11 +78,11 @@ class FlexRound:
 
     def solve_block(self, block: Block, generator: torch.Generator) -> Outcome:
         """Learn all roundings of the block together."""
-
-        if self.options.start == "gptq":
-            starts, events = from_gptq(block, generator)
-        else:
-            starts, events = from_grids(block, clip=self.options.start == "mse"), ()
+        begins = [(layer, fmt, self.options.begin(fmt.bits)) for layer, fmt in block.layers]
+        starts, events = from_gptq([(layer, fmt) for layer, fmt, begin in begins if begin == "gptq"], generator)
+        for layer, fmt, begin in begins:
+            if begin != "gptq":
+                starts[layer.ref.name] = from_grid(layer, fmt, clip=begin == "mse")
 
         def start(layer: Layer, fmt: QuantFormat) -> Division:
             assert isinstance(fmt, ScaledFormat)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
 from compressor.decision import Quantized
-from compressor.formats.base import QParams, ScaledFormat, grouped
-from compressor.methods.base import Block, Layer
+from compressor.formats.base import QParams, QuantFormat, ScaledFormat, grouped
+from compressor.methods.base import Layer
 from compressor.methods.gptq import GPTQ
 from compressor.methods.grids import mse_clip
 
@@ -19,24 +20,23 @@ Starts = dict[str, tuple[Layer, QParams]]
 """Tensor name -> layer with the weight to start from, and its grid."""
 
 
-def from_grids(block: Block, clip: bool) -> Starts:
-    """Start from the weights as they are, on min-max grids or, with `clip`, on those of least rounding error."""
-    starts: Starts = {}
-    for layer, fmt in block.layers:
-        assert isinstance(fmt, ScaledFormat)
-        q = layer.fit(fmt)
-        starts[layer.ref.name] = layer, mse_clip(layer.weight, fmt, q) if clip else q
-    return starts
+def from_grid(layer: Layer, fmt: QuantFormat, clip: bool) -> tuple[Layer, QParams]:
+    """Start from the weight as it is, on its min-max grid or, with `clip`, on that of least rounding error."""
+    assert isinstance(fmt, ScaledFormat)
+    q = layer.fit(fmt)
+    return layer, mse_clip(layer.weight, fmt, q) if clip else q
 
 
-def from_gptq(block: Block, generator: torch.Generator) -> tuple[Starts, tuple[str, ...]]:
+def from_gptq(
+    layers: Sequence[tuple[Layer, QuantFormat]], generator: torch.Generator
+) -> tuple[Starts, tuple[str, ...]]:
     """Start from what GPTQ makes of the layers; also returns its events.
 
     Every weight is moved to within `_INSIDE` steps of the code GPTQ gave it, and no further: those that GPTQ moved lie
     close to the edge of their code, and learning takes them back most easily.
 
     Args:
-        block: Its layers carry their `SecondMoment`.
+        layers: With their formats; they carry their `SecondMoment`.
         generator: Handed to GPTQ.
 
     Raises:
@@ -44,12 +44,12 @@ def from_gptq(block: Block, generator: torch.Generator) -> tuple[Starts, tuple[s
     """
     starts: Starts = {}
     events: list[str] = []
-    for fmt in dict.fromkeys(fmt for _, fmt in block.layers):
+    for fmt in dict.fromkeys(fmt for _, fmt in layers):
         assert isinstance(fmt, ScaledFormat)
-        layers = [layer for layer, own in block.layers if own == fmt]
-        outcome = GPTQ().solve_group(layers, fmt, generator)
+        alike = [layer for layer, own in layers if own == fmt]
+        outcome = GPTQ().solve_group(alike, fmt, generator)
         events += outcome.events
-        for layer in layers:
+        for layer in alike:
             decision = outcome.decisions[layer.ref.name]
             assert isinstance(decision, Quantized)
             value = grouped(fmt.decode(decision.codes, decision.qparams), fmt.group_size)

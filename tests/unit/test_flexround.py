@@ -17,6 +17,7 @@ from compressor.formats.nvfp4 import NVFP4
 from compressor.methods.adaround import AdaRound, AdaRoundOptions
 from compressor.methods.base import Block
 from compressor.methods.flexround import Division, FlexRound, FlexRoundOptions
+from compressor.methods.gptq import GPTQ
 from compressor.testing.blocks import block_of, residual_mlp
 from compressor.testing.grids import mirrored
 from compressor.testing.layers import correlated_inputs, fused_layers, heavy_tailed_weights, quantized
@@ -210,6 +211,21 @@ def test_learning_rate_zero_points_stay() -> None:
     assert decision.qparams.zero_point is not None
     assert torch.equal(decision.qparams.zero_point, start)
     assert math.isfinite(outcome.metrics["loss_after"])
+
+
+def test_at_2_bits_learning_starts_from_what_gptq_makes() -> None:
+    two, four = IntFormat(2, 16, torch.bfloat16), IntFormat(4, 16, torch.bfloat16)
+    method = FlexRound(FlexRoundOptions(iters=0))
+    assert method.stats(two) == GPTQ().stats(two)
+    assert method.stats(four) == FlexRound(FlexRoundOptions(start="mse")).stats(two) == ()
+    weights, x = [heavy_tailed_weights(48, 64, 3, 0.08)], correlated_inputs(64, 256, 3)
+    (layer,) = fused_layers(method.stats(two), two, weights, x)
+    block = replace(block_of(two, weights, x), layers=((layer, two),))
+    found = quantized(method.solve_block(block, torch.Generator()).decisions[layer.ref.name])
+    expected = quantized(GPTQ().solve_group([layer], two, torch.Generator()).decisions[layer.ref.name])
+    assert torch.equal(found.codes, expected.codes)
+    assert (found.qparams.scale < 0).any()
+    assert torch.allclose(found.qparams.scale.float(), expected.qparams.scale.float(), rtol=2**-8)
 
 
 def test_balance_keeps_one_loud_token_from_taking_over() -> None:
