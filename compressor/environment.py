@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from compressor import __version__
-from compressor.checkpoint.skeleton import quiet
+from compressor.checkpoint.config import quiet
 from compressor.checkpoint.source import read_json
 from compressor.errors import CheckpointError, RecipeError
 

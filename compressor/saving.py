@@ -11,10 +11,11 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from compressor.checkpoint.config import model_class, quiet, read_config
 from compressor.checkpoint.cuts import CUTS, difference, widths
 from compressor.checkpoint.export import copy_side_files
 from compressor.checkpoint.sink import Sink, write_json
-from compressor.checkpoint.skeleton import model_class, names_on_disk, quiet, read_config
+from compressor.checkpoint.skeleton import names_on_disk
 from compressor.checkpoint.source import DTYPES, Source
 from compressor.formats.base import Slot
 from compressor.formats.native import MODEL_TYPE_PREFIX, QUANT_METHOD

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compressor.checkpoint.blocks import first_tensor
-from compressor.checkpoint.skeleton import quiet
+from compressor.checkpoint.config import quiet
 from compressor.errors import CompressorError, RecipeError, VerificationError
 from compressor.process import release_memory
 from compressor.runtime import KeyMismatch, load

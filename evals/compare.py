@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from compressor.checkpoint.skeleton import quiet
+from compressor.checkpoint.config import quiet
 from compressor.errors import CheckpointError, RecipeError
 from compressor.evals.paired import paired_difference
 from compressor.evals.perplexity import (

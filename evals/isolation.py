@@ -15,7 +15,7 @@ import datasets  # type: ignore[import-untyped]
 import numpy as np
 import torch
 
-from compressor.checkpoint.skeleton import quiet
+from compressor.checkpoint.config import quiet
 from compressor.report import Progress, Silent
 
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import compressor.errors
-from compressor.checkpoint.skeleton import quiet
+from compressor.checkpoint.config import quiet
 from compressor.errors import CompressorError, ResourceError, UnsupportedError, VerificationError
 from compressor.process import peak_rss
 from compressor.runtime import execution_path, load

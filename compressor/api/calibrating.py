@@ -9,7 +9,7 @@ from torch import Tensor
 
 from compressor.api.job import Job, expert_tokens
 from compressor.calibration.dataset import CalibrationSet, Generate, build
-from compressor.checkpoint.skeleton import quiet
+from compressor.checkpoint.config import quiet
 from compressor.environment import load_tokenizer
 from compressor.vision.calibration import calibration_images
 

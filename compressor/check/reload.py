@@ -25,8 +25,9 @@ from torch import Tensor
 
 from compressor.calibration import kv_cache
 from compressor.checkpoint.blocks import BlockSequence, example_inputs, first_tensor
+from compressor.checkpoint.config import quiet
 from compressor.checkpoint.quantized import PackedDecoder
-from compressor.checkpoint.skeleton import Skeleton, Target, quiet
+from compressor.checkpoint.skeleton import Skeleton, Target
 from compressor.checkpoint.source import Source, read_headers, read_json
 from compressor.engine.experts import Stack, Treat, run_experts
 from compressor.errors import CompressorError, UnsupportedError, VerificationError

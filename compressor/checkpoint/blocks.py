@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from compressor.checkpoint.skeleton import META, quiet
+from compressor.checkpoint.config import quiet
+from compressor.checkpoint.skeleton import META
 from compressor.errors import UnsupportedError
 from compressor.stacks import is_expert_stack
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from compressor.checkpoint.config import read_config
 from compressor.checkpoint.resolve import resolve_model
-from compressor.checkpoint.skeleton import read_config
 from compressor.checkpoint.source import shard_files
 from compressor.environment import load_tokenizer
 from compressor.errors import UnsupportedError

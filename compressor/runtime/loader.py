@@ -19,8 +19,9 @@ from transformers import GenerationConfig, PreTrainedModel
 from compressor.calibration import kv_cache
 from compressor.checkpoint import operands
 from compressor.checkpoint.building import building
+from compressor.checkpoint.config import model_class, quiet, read_config
 from compressor.checkpoint.cuts import apply_cuts, cuts_of
-from compressor.checkpoint.skeleton import Skeleton, model_class, quiet, read_config
+from compressor.checkpoint.skeleton import Skeleton
 from compressor.checkpoint.source import Source, check_finite, read_json
 from compressor.errors import CheckpointError, UnsupportedError
 from compressor.formats.base import PackedTensor

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.calibration.dataset import load_text, tokenize
-from compressor.checkpoint.skeleton import quiet
+from compressor.checkpoint.config import quiet
 from compressor.checkpoint.source import read_json
 from compressor.environment import load_tokenizer
 from compressor.errors import CheckpointError

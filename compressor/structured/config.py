@@ -8,8 +8,8 @@ from typing import Any
 from accelerate import init_empty_weights
 from transformers import PreTrainedModel
 
+from compressor.checkpoint.config import model_class, quiet, read_config
 from compressor.checkpoint.cuts import cuts_of
-from compressor.checkpoint.skeleton import model_class, quiet, read_config
 from compressor.checkpoint.source import Source
 from compressor.structured.units import Unit
 

@@ -15,8 +15,8 @@ from compressor import output as output_files
 from compressor import saving
 from compressor.calibration.dataset import CalibrationSet
 from compressor.checkpoint.blocks import example_inputs, first_tensor
+from compressor.checkpoint.config import quiet
 from compressor.checkpoint.sink import WORK, save_tensors, write_json
-from compressor.checkpoint.skeleton import quiet
 from compressor.environment import versions
 from compressor.errors import RecipeError, VerificationError
 from compressor.plan import digest

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from compressor.checkpoint.skeleton import Skeleton, quiet
+from compressor.checkpoint.config import quiet
+from compressor.checkpoint.skeleton import Skeleton
 from compressor.errors import UnsupportedError
 from compressor.formats.base import QuantFormat
 

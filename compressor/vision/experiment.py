@@ -25,8 +25,8 @@ from torch import nn
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from compressor import saving
+from compressor.checkpoint.config import quiet
 from compressor.checkpoint.sink import WORK
-from compressor.checkpoint.skeleton import quiet
 from compressor.checkpoint.source import Source
 from compressor.errors import RecipeError
 from compressor.files import replace_text

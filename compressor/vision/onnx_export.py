@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from compressor.checkpoint.config import quiet
 from compressor.checkpoint.resolve import resolve_model
-from compressor.checkpoint.skeleton import quiet
 from compressor.errors import RecipeError, UnsupportedError, VerificationError, disk_error
 from compressor.runtime import load
 from compressor.runtime.convolution import PackedConv2d

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compressor.checkpoint.skeleton import quiet
+from compressor.checkpoint.config import quiet
 from compressor.errors import CheckpointError, RecipeError, UnsupportedError
 from compressor.vision.images import ImageSet
 

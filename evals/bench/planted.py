@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from compressor.checkpoint.blocks import BlockSequence
 from compressor.checkpoint.dataflow import DataFlow
-from compressor.checkpoint.folds import norm_offset
+from compressor.checkpoint.probing import norm_offset
 from compressor.checkpoint.skeleton import Skeleton
 from compressor.checkpoint.source import Source, shard_files
 from compressor.errors import NumericalError, UnsupportedError, disk_error

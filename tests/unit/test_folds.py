@@ -18,7 +18,8 @@ from transformers import (
 )
 
 from compressor.checkpoint.blocks import BlockSequence
-from compressor.checkpoint.folds import NOTHING_IN_FRONT, Found, find_folds, gate_is_linear, norm_offset
+from compressor.checkpoint.folds import NOTHING_IN_FRONT, Found, find_folds
+from compressor.checkpoint.probing import gate_is_linear, norm_offset
 from compressor.checkpoint.skeleton import Skeleton
 from compressor.checkpoint.source import Source
 from compressor.errors import NumericalError

@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM
 import compressor
 from compressor import verify
 from compressor.api import prepare
+from compressor.checkpoint.config import read_config
 from compressor.checkpoint.custom_code import needs_code
 from compressor.checkpoint.hub import refuse_names, side_files
 from compressor.checkpoint.resolve import HUB_ID, resolve_model
-from compressor.checkpoint.skeleton import read_config
 from compressor.cli import app as cli
 from compressor.environment import load_tokenizer
 from compressor.errors import CheckpointError, CompressorError, UnsupportedError
