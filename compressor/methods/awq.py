@@ -33,8 +33,8 @@ from compressor.calibration.stats import SecondMoment, Statistic
 from compressor.decision import Outcome, Quantized
 from compressor.formats.base import QParams, QuantFormat, ScaledFormat, grouped
 from compressor.methods.base import Layer, MethodOptions, Scope, Stream
-from compressor.methods.fp4 import diagonal_blocks
 from compressor.methods.fp4_rows import row_errors
+from compressor.methods.fp4_scales import diagonal_blocks
 from compressor.methods.scaling import Factors, FoldSite, bounded
 from compressor.plan import FoldKind, WeightRef
 

@@ -15,7 +15,8 @@ from compressor.formats.base import QParams, SearchableFormat
 from compressor.formats.mxfp4 import MXFP4
 from compressor.formats.nvfp4 import NVFP4
 from compressor.methods.base import Layer, Method
-from compressor.methods.fp4 import FP4, FP4Options, better_rows, diagonal_blocks, search_groups, sweep
+from compressor.methods.fp4 import FP4, FP4Options
+from compressor.methods.fp4_scales import better_rows, diagonal_blocks, search_groups, sweep
 from compressor.methods.rtn import RTN
 from compressor.testing.grids import assert_same_params
 from compressor.testing.layers import (

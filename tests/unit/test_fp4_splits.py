@@ -12,9 +12,11 @@ from torch import Tensor
 from compressor.calibration.stats import SecondMoment
 from compressor.formats.base import QParams
 from compressor.formats.float4 import SPLITS, Float4, Grid
-from compressor.methods import fp4
+from compressor.methods import fp4_scales
 from compressor.methods.base import Layer
-from compressor.methods.fp4 import FP4, FP4Options, row_errors, search_rows, search_splits
+from compressor.methods.fp4 import FP4, FP4Options, search_splits
+from compressor.methods.fp4_rows import row_errors
+from compressor.methods.fp4_scales import search_rows
 from compressor.testing.grids import assert_same_params
 from compressor.testing.layers import (
     correlated_inputs,
@@ -166,7 +168,7 @@ def test_rows_are_searched_in_parts_that_fit_in_memory(monkeypatch: pytest.Monke
             rounded.append(w.numel())
             return super().round(w, q)
 
-    monkeypatch.setattr(fp4, "_ELEMENTS", 5 * 64)
+    monkeypatch.setattr(fp4_scales, "_ELEMENTS", 5 * 64)
     parts, error_of_parts = search_rows(layer.weight, Counting(), start, moment)
     assert max(rounded) == 5 * 64
     assert len(rounded) == 5 * 101  # parts of at most five rows out of 23
@@ -179,7 +181,7 @@ def test_a_search_ends_where_its_error_reaches_the_limit(seed: int, monkeypatch:
     fmt = Float4()
     layer, _ = layer_of(30, 48, seed)
     start, moment = layer.fit(fmt), layer.second_moment(SecondMoment())
-    monkeypatch.setattr(fp4, "_ROWS", 3)
+    monkeypatch.setattr(fp4_scales, "_ROWS", 3)
     found, error = search_rows(layer.weight, fmt, start, moment)
     same, again = search_rows(layer.weight, fmt, start, moment, limit=error * 1.001)
     assert again == error
@@ -193,7 +195,7 @@ def test_giving_up_early_changes_no_choice(seed: int, monkeypatch: pytest.Monkey
     fmt = Float4()
     layer, _ = layer_of(30, 48, seed)
     moment = layer.second_moment(SecondMoment())
-    monkeypatch.setattr(fp4, "_ROWS", 3)
+    monkeypatch.setattr(fp4_scales, "_ROWS", 3)
     whole = [search_rows(layer.weight, fmt, start, moment) for start in fmt.starts(layer.weight)]
     assert_same_params(search_splits(layer, fmt, moment), min(whole, key=lambda entry: entry[1])[0])
 
