@@ -23,8 +23,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from compressor.checkpoint.blocks import first_tensor
 from compressor.checkpoint.config import quiet
+from compressor.checkpoint.ends import first_tensor
 from compressor.errors import CompressorError, RecipeError, VerificationError
 from compressor.process import release_memory
 from compressor.runtime import KeyMismatch, load

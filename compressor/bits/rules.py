@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from compressor.checkpoint.blocks import first_tensor
+from compressor.checkpoint.ends import first_tensor
 from compressor.errors import RecipeError
 from compressor.plan import WeightRef
 from compressor.priorities import Candidate, Place, Stage, outlier_score, place_of, spend, turning

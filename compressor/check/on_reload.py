@@ -23,7 +23,7 @@ from compressor.check.reload import (
     reload_fresh,
 )
 from compressor.check.stock import weight_hash
-from compressor.checkpoint.blocks import example_inputs
+from compressor.checkpoint.ends import example_inputs
 from compressor.errors import CompressorError, UnsupportedError
 from compressor.verify import TOLERANCE
 

@@ -24,8 +24,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from compressor.calibration import kv_cache
-from compressor.checkpoint.blocks import BlockSequence, example_inputs, first_tensor
+from compressor.checkpoint.blocks import BlockSequence
 from compressor.checkpoint.config import quiet
+from compressor.checkpoint.ends import example_inputs, first_tensor
 from compressor.checkpoint.quantized import PackedDecoder
 from compressor.checkpoint.skeleton import Skeleton, Target
 from compressor.checkpoint.source import Source, read_headers, read_json

@@ -15,7 +15,8 @@ from torch import Tensor
 from compressor.calibration import precision
 from compressor.calibration.store import HiddenStore
 from compressor.checkpoint import operands
-from compressor.checkpoint.blocks import BlockSequence, example_inputs
+from compressor.checkpoint.blocks import BlockSequence
+from compressor.checkpoint.ends import example_inputs
 from compressor.checkpoint.sink import WORK, Journal, Sink
 from compressor.checkpoint.skeleton import Skeleton
 from compressor.checkpoint.source import DTYPES, Source

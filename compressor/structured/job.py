@@ -14,8 +14,8 @@ from torch import Tensor
 from compressor import output as output_files
 from compressor import saving
 from compressor.calibration.dataset import CalibrationSet
-from compressor.checkpoint.blocks import example_inputs, first_tensor
 from compressor.checkpoint.config import quiet
+from compressor.checkpoint.ends import example_inputs, first_tensor
 from compressor.checkpoint.sink import WORK, save_tensors, write_json
 from compressor.environment import versions
 from compressor.errors import RecipeError, VerificationError

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import compressor
-from compressor.checkpoint.blocks import first_tensor
+from compressor.checkpoint.ends import first_tensor
 from compressor.errors import CheckpointError
 from compressor.formats.native import NativeSchemes
 from compressor.runtime import PackedLinear

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 import compressor
-from compressor.checkpoint.blocks import first_tensor
+from compressor.checkpoint.ends import first_tensor
 from compressor.errors import RecipeError
 from compressor.runtime import dequantized
 from compressor.testing import models

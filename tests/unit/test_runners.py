@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel
 
-from compressor.checkpoint.blocks import WHOLE, BlockSequence, example_inputs, first_tensor
+from compressor.checkpoint.blocks import WHOLE, BlockSequence
+from compressor.checkpoint.ends import example_inputs, first_tensor
 from compressor.checkpoint.skeleton import Skeleton
 from compressor.checkpoint.source import Source
 from compressor.errors import UnsupportedError
