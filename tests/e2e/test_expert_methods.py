@@ -37,7 +37,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "rtn-mxfp4": {"format": "mxfp4"},
     "fp4": {"format": "mxfp4"},
     "gptq": {"format": "int4", "group_size": 32},
-    "flexround": {"format": "int4", "group_size": 32, "options": {"iters": 8}},
+    "flexround": {"format": "int4", "group_size": 32, "options": {"iters": 12}},
     "nupes": {"format": "power4", "group_size": 32, "options": {"iters": 2}},
 }
 BETTER = {"gptq": "rtn", "fp4": "rtn-mxfp4"}
