@@ -86,7 +86,7 @@ def test_learning_with_it_is_repeatable_and_differs_from_learning_without() -> N
     results = []
     for blend in (0.5, 0.5, 0):
         made, _ = block()
-        outcome = FlexRound(FlexRoundOptions(iters=20, blend=blend)).solve_block(made, generator())
+        outcome = FlexRound(FlexRoundOptions(iters=20, blend=blend, start="mse")).solve_block(made, generator())
         (decision,) = outcome.decisions.values()
         results.append(decision.codes)
     assert torch.equal(results[0], results[1])
