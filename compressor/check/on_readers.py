@@ -151,10 +151,10 @@ def _vllm_module(module: Module) -> Iterator[Finding]:
 def _vllm_signs(module: Module, facts: Facts | None) -> Iterator[Finding]:
     counts = facts.scales.get("weight_scale") if facts else None
     if counts and counts.negative and module.scheme and module.scheme.mirrors:
-        said = (
-            "negative scales (mirrored grids): Marlin reads them as positive where VLLM_MARLIN_INPUT_DTYPE=int8 is set"
+        said = "negative scales (mirrored grids): Marlin misreads them where VLLM_MARLIN_INPUT_DTYPE=int8 is set"
+        yield info(
+            "", said, "leave that variable alone (vllm-project/vllm issue 48905); other kernels only multiply by them"
         )
-        yield info("", said, "leave that variable alone (vllm-project/vllm issue 48905); nothing else minds the sign")
 
 
 def _capability(checkpoint: Checkpoint) -> Iterator[Finding]:

@@ -175,7 +175,9 @@ CHECKS: tuple[Check, ...] = (
     Check("tensors.zero-points", "symmetric schemes store no zero points", on_tensors.zero_points),
     Check("tensors.kv-cache", "cache scales are complete and positive", on_tensors.kv_cache),
     Check("tensors.report", "tensors are what the report says", on_files.rows),
-    Check("values.scales", "scales are finite and positive", on_values.scales),
+    Check(
+        "values.scales", "scales are finite, not zero, and negative only where a grid may be mirrored", on_values.scales
+    ),
     Check("values.codes", "codes lie on the grid", on_values.codes),
     Check("values.finite", "dense tensors are finite", on_values.finite, quantized=False),
     Check("values.zero", "no layer or expert is all zero", on_values.zero, quantized=False),
