@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from compressor.evals.bench.leads import find_leads, kl_of
 from compressor.evals.bench.record import Record, read_record
 from compressor.evals.bench.table import RESULTS, TABLES, read_table
 from compressor.evals.bench.vision_table import is_vision
@@ -105,6 +106,22 @@ def test_what_it_costs() -> None:
             check_estimate(record, "kl", "agreement", agreement, 100)
             check_time(record, time)
     assert len(rows) >= 15
+
+
+def leads() -> list[list[str]]:
+    """Cells that the README's table of other tools must have."""
+    table = read_table(TABLES / "peers.yaml")
+    found = {row.name: read_record(RESULTS / "peers" / f"{table.key(row)}.json") for row in table.rows}
+    lines = []
+    for lead in find_leads(table, found):
+        best = [cell for side in (lead.ours, lead.theirs) for cell in (f"`{side.name}`", f"{kl_of(side):.3f}")]
+        value, error = lead.difference.value, lead.difference.standard_error
+        lines.append([lead.job, *best, f"{value:+.3f} ± {error:.3f}", lead.ahead])
+    return lines
+
+
+def test_beside_other_tools() -> None:
+    assert lines_below("Beside other tools", readme()) == leads()
 
 
 def test_which_method() -> None:
