@@ -19,7 +19,6 @@ A weight may move by several codes; weights of larger magnitude move further.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
 
 import torch
 from pydantic import Field
@@ -32,14 +31,14 @@ from compressor.methods.base import Block, Layer, Scope, Stream
 from compressor.methods.grids import clamped
 from compressor.methods.learning import LearningOptions
 from compressor.methods.reconstruction import learn
-from compressor.methods.starts import from_gptq, from_grid
+from compressor.methods.starts import Start, from_gptq, from_grid
 from compressor.plan import Kind, WeightRef
 
 
 class FlexRoundOptions(LearningOptions):
     """Options of FlexRound."""
 
-    start: Literal["mse", "gptq", "minmax"] | None = Field(
+    start: Start | None = Field(
         None,
         description="before learning: a grid, mse (clipped) or minmax; or what gptq makes of the layers; if unset gptq "
         "at 2 bits, else mse",
@@ -49,7 +48,7 @@ class FlexRoundOptions(LearningOptions):
     row_divisor: bool = Field(True, description="learn s3, one divisor per output channel")
     channel_divisor: bool = Field(True, description="convolutions: learn s4, one divisor per input channel")
 
-    def begin(self, bits: int) -> Literal["mse", "gptq", "minmax"]:
+    def begin(self, bits: int) -> Start:
         """Return `start`, or what it is for weights of these bits if unset."""
         return self.start or ("gptq" if bits == 2 else "mse")
 

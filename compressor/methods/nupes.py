@@ -42,6 +42,7 @@ from compressor.methods.gptq import GPTQ
 from compressor.methods.grids import mse_clip
 from compressor.methods.learning import LearningOptions
 from compressor.methods.reconstruction import learn
+from compressor.methods.starts import Start
 from compressor.plan import WeightRef
 
 _LOG_STEEPEST = math.log(5)
@@ -58,7 +59,7 @@ _ROWS = 1 << 14
 class NupesOptions(LearningOptions):
     """Options of the search and of learning."""
 
-    start: Literal["gptq", "mse", "minmax"] | None = Field(
+    start: Start | None = Field(
         None,
         description="minmax: scales that cover all weights; mse: those of least rounding error; gptq: scales and codes "
         "of GPTQ; if unset gptq, and mse where nothing is learned",
@@ -92,7 +93,7 @@ class NupesOptions(LearningOptions):
         return self
 
     @property
-    def begin(self) -> Literal["gptq", "mse", "minmax"]:
+    def begin(self) -> Start:
         """`start`, or what it is if unset."""
         return self.start or ("gptq" if self.learn else "mse")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
 import torch
 
@@ -15,6 +16,9 @@ from compressor.methods.grids import mse_clip
 
 _INSIDE = 0.45
 """Steps that a weight may be off its code when it starts there."""
+
+Start = Literal["mse", "gptq", "minmax"]
+"""What learned methods can start from. Spelled once: typing may hand out one of two `Literal`s that differ in order."""
 
 Starts = dict[str, tuple[Layer, QParams]]
 """Tensor name -> layer with the weight to start from, and its grid."""
