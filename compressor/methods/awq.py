@@ -17,7 +17,8 @@ Differs from the paper:
 - No scaling at all is always a candidate, so the error is never above that of rounding to nearest.
 - Channels that are silent in the calibration data are left alone.
 - Clipping judges groups by all tokens (the paper: 512), and rows that all of `H` shows to be worse are not clipped.
-- The grids are those of the format, symmetric by default.
+- The grids are those of the format, symmetric by default. Where they can be mirrored, the longer side of each goes to
+  the larger weights before factors and ranges are searched (not with `clip=False`).
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from compressor.formats.base import QParams, QuantFormat, ScaledFormat, grouped
 from compressor.methods.base import Layer, MethodOptions, Scope, Stream
 from compressor.methods.fp4_rows import row_errors
 from compressor.methods.fp4_scales import diagonal_blocks
+from compressor.methods.grids import turned
 from compressor.methods.scaling import Factors, FoldSite, bounded
 from compressor.plan import FoldKind, WeightRef
 
@@ -53,7 +55,9 @@ class AWQOptions(MethodOptions):
 
     n_grid: int = Field(20, ge=1, le=200, description="exponents tried: 0, 1/n_grid, ..., (n_grid - 1)/n_grid")
     duo: bool = Field(True, description="also divide by the mean weight magnitude to the power 1 - r; false: the paper")
-    clip: bool = Field(True, description="shrink ranges of groups afterwards; queries and keys are left out")
+    clip: bool = Field(
+        True, description="shrink ranges of groups afterwards, not of queries and keys; false: nor mirror grids"
+    )
 
 
 class AWQ:
@@ -88,10 +92,10 @@ class AWQ:
         triangle = moment.triu(1).mul_(2) + moment.diagonal().diag()
         loud = site.layers[0].magnitude(MeanAbs())
         quiet = self._weight_magnitudes(site) if self.options.duo else None
-        least = scaled_error(site, best, triangle)
+        least = scaled_error(site, best, triangle, self.options.clip)
         for step in range(self.options.n_grid):
             c = site.storable(candidate(loud, step / self.options.n_grid, quiet))
-            error = scaled_error(site, c, triangle)
+            error = scaled_error(site, c, triangle, self.options.clip)
             if error < least:
                 best, least = c, error
         return Factors(best)
@@ -102,8 +106,10 @@ class AWQ:
         q, events = layer.fit(fmt), list[str]()
         if layer.n_tokens == 0:
             events.append(f"{layer.ref.name}: no calibration token reached it")
-        elif self.options.clip and layer.ref.module.rpartition(".")[2] not in _UNCLIPPED:
-            q = clip(layer.weight, fmt, q, layer.second_moment(SecondMoment()))
+        elif self.options.clip:
+            q = turned(layer.weight, fmt, q)
+            if layer.ref.module.rpartition(".")[2] not in _UNCLIPPED:
+                q = clip(layer.weight, fmt, q, layer.second_moment(SecondMoment()))
         return Outcome({layer.ref.name: Quantized(fmt.encode(layer.weight, q), q)}, tuple(events))
 
     def _weight_magnitudes(self, site: FoldSite) -> Tensor:
@@ -136,18 +142,20 @@ def candidate(loud: Tensor, r: float, quiet: Tensor | None = None) -> Tensor:
     return bounded(c, dead)
 
 
-def scaled_error(site: FoldSite, c: Tensor, triangle: Tensor) -> float:
+def scaled_error(site: FoldSite, c: Tensor, triangle: Tensor, turn: bool) -> float:
     """Return the summed output error of the readers when columns are multiplied by `c` while they are rounded.
 
     Args:
         site: The fold.
         c: `[channels]`.
         triangle: The second moment as `row_errors` wants it.
+        turn: Whether grids that mirror lie with their longer side to the larger weights.
     """
     total = 0.0
     for layer, fmt, (w, q) in zip(site.layers, site.formats, site.fit(c), strict=True):
         assert isinstance(fmt, ScaledFormat)
-        delta = fmt.round(w, q).div_(c).sub_(layer.weight)  # [out, in]
+        start = turned(w, fmt, q) if turn else q
+        delta = fmt.round(w, start).div_(c).sub_(layer.weight)  # [out, in]
         total += float(row_errors(delta, triangle).sum(dtype=torch.float64))
     return total
 

@@ -86,6 +86,26 @@ def _best_candidates(
     return replace(start, scale=torch.cat(scales).view(start.scale.dtype)), torch.cat(errors)
 
 
+def turned(w: Tensor, fmt: ScaledFormat, q: QParams) -> QParams:
+    """Give every group's largest weight the last value of the grid's longer side, by a negative step if it is above 0.
+
+    Formats whose grids do not mirror keep `q`.
+
+    Args:
+        w: `[out, in]` float32.
+        fmt: The format of `q`.
+        q: Min-max parameters of `w`.
+    """
+    if not fmt.mirrors:
+        return q
+    steps, groups = fmt.steps(q), grouped(w, fmt.group_size)
+    shared = [dim for dim in range(3) if steps.shape[dim] == 1]  # what has one scale has one side
+    above = groups.amax(shared, keepdim=True) > groups.amin(shared, keepdim=True).neg()
+    low, high = fmt.reach(q)
+    longer = (high - low) / 2  # 8 of int4, whose min-max scales stand for 7.5 on either side
+    return fmt.with_steps(q, torch.where(above, -steps, steps) * ((longer - 0.5) / longer))
+
+
 def clamped(z: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
     """Return `z` clamped to the bounds of a format's `reach`; numbers are many times faster than tensors."""
     if isinstance(low, Tensor) or isinstance(high, Tensor):

@@ -8,11 +8,12 @@ from torch import Tensor
 
 from compressor.calibration.channels import MaxAbs, MeanAbs
 from compressor.calibration.stats import LANES, SecondMoment, Statistic
-from compressor.formats.base import ScaledFormat
+from compressor.formats.base import ScaledFormat, grouped
 from compressor.formats.float4 import Float4
 from compressor.formats.ints import IntFormat
 from compressor.formats.nvfp4 import NVFP4
 from compressor.methods.awq import AWQ, AWQOptions, candidate, clip
+from compressor.methods.grids import turned
 from compressor.methods.scaling import FoldSite
 from compressor.methods.smoothquant import SmoothQuant, SmoothQuantOptions, factors
 from compressor.plan import Fold, FoldKind
@@ -64,11 +65,13 @@ def site(fmt: ScaledFormat, weights: list[Tensor], x: Tensor, specs: tuple[Stati
 
 
 @pytest.mark.parametrize("fmt", [INT3, NVFP4(), Float4()])
-@pytest.mark.parametrize("duo", [False, True])
-def test_awq_takes_the_candidate_with_the_least_error_of_the_readers(fmt: ScaledFormat, duo: bool) -> None:
+@pytest.mark.parametrize(("duo", "clip_after"), [(False, True), (True, True), (True, False)])
+def test_awq_takes_the_candidate_with_the_least_error_of_the_readers(
+    fmt: ScaledFormat, duo: bool, clip_after: bool
+) -> None:
     x = correlated_inputs(96, 200, seed=3)
     weights = [heavy_tailed_weights(rows, 96, rows) for rows in (24, 9)]
-    method = AWQ(AWQOptions(n_grid=10, duo=duo))
+    method = AWQ(AWQOptions(n_grid=10, duo=duo, clip=clip_after))
     place = site(fmt, weights, x, method.stats(fmt))
     chosen = method.fold(place).c
 
@@ -78,6 +81,12 @@ def test_awq_takes_the_candidate_with_the_least_error_of_the_readers(fmt: Scaled
         total = 0.0
         for w in weights:
             q = fmt.fit(w * c, shared)
+            if clip_after and fmt.mirrors:
+                # The larger side of every group gets the longer side of the grid: -4 steps of 3 bits, which min-max
+                # scales count as 3.5.
+                largest = grouped(w * c, fmt.group_size)
+                side = torch.where(largest.amax(-1, keepdim=True) > -largest.amin(-1, keepdim=True), -1, 1)
+                q = fmt.with_steps(q, fmt.steps(q) * side * (3.5 / 4))
             substitute = fmt.decode(fmt.encode(w * c, q), q) / c
             total += float((x.double() @ (substitute - w).double().T).square().sum())
         return total
@@ -142,7 +151,7 @@ def test_queries_and_keys_are_not_clipped() -> None:
     for last, clipped in (("q_proj", False), ("k_proj", False), ("query", False), ("v_proj", True), ("up_proj", True)):
         object.__setattr__(layer.ref, "name", f"model.layers.0.x.{last}.weight")
         decision = quantized(AWQ().solve(layer, INT4, torch.Generator()).decisions[layer.ref.name])
-        assert (not torch.equal(decision.qparams.scale, INT4.fit(w).scale)) == clipped, last
+        assert (not torch.equal(decision.qparams.scale, turned(w, INT4, INT4.fit(w)).scale)) == clipped, last
         plain = AWQ(AWQOptions(clip=False)).solve(layer, INT4, torch.Generator())
         assert torch.equal(quantized(plain.decisions[layer.ref.name]).qparams.scale, INT4.fit(w).scale)
 

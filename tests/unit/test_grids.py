@@ -16,7 +16,7 @@ from compressor.formats.fp8 import FP8
 from compressor.formats.ints import IntFormat
 from compressor.formats.mxfp4 import MXFP4
 from compressor.formats.nvfp4 import NVFP4
-from compressor.methods.grids import best_start, mse_clip
+from compressor.methods.grids import best_start, mse_clip, turned
 from compressor.methods.rtn import RTN, RTNOptions
 from compressor.testing.formats import describe
 from compressor.testing.grids import assert_same_params
@@ -85,6 +85,34 @@ def test_a_grid_is_mirrored_where_the_largest_weight_is_positive() -> None:
     assert torch.allclose(fmt.round(w, found), w)
     eight = IntFormat(8, 4, torch.float32)
     assert (mse_clip(w, eight, eight.fit(w)).scale > 0).all()
+
+
+def test_the_largest_weight_gets_the_last_code_of_the_longer_side() -> None:
+    fmt = IntFormat(4, 4, torch.float32)
+    w = torch.tensor([[0.8, -0.7, 0.3, 0.0, -1.6, 0.1, 1.5, 0.4, 0.0, 0.0, 0.0, 0.0]])
+    q = turned(w, fmt, fmt.fit(w))
+    assert q.scale[0, :2].tolist() == pytest.approx([-0.1, 0.2])
+    assert fmt.encode(w, q).tolist() == [[0, 15, 5, 8, 0, 8, 15, 10, 8, 8, 8, 8]]  # 7.5 steps meet 7, the last one
+    assert not fmt.decode(fmt.encode(w, q), q)[0, 8:].any()
+    whole = replace(fmt, group_size=None, per_tensor=True)
+    assert float(turned(w, whole, whole.fit(w)).scale) == pytest.approx(0.2)
+    assert float(turned(-w, whole, whole.fit(w)).scale) == pytest.approx(-0.2)
+
+
+@each
+def test_turned_grids_clip_only_what_lies_beyond_the_shorter_side(fmt: ScaledFormat) -> None:
+    w = heavy_tailed_weights(40, 96, seed=3)
+    start = fmt.fit(w)
+    q = turned(w, fmt, start)
+    if not fmt.mirrors:
+        assert_same_params(q, start)
+        return
+    assert errors(w, fmt, q, 2.0).sum() < 0.97 * errors(w, fmt, start, 2.0).sum()
+    assert (q.scale < 0).any() or q.scale.numel() == 1
+    units = grouped(w, fmt.group_size) / fmt.steps(q)  # of the grid's own step, the longer side below zero
+    rounded = grouped(fmt.decode(fmt.encode(w, q), q), fmt.group_size) / fmt.steps(q)
+    inside = units < 2 ** (fmt.bits - 1) - 0.5
+    assert ((rounded - units).abs() <= 0.505)[inside].all()
 
 
 @each
