@@ -9,7 +9,7 @@ from compressor.checkpoint.blocks import BlockSequence
 from compressor.checkpoint.folds import Found, find_folds
 from compressor.errors import RecipeError
 from compressor.methods.base import Method, RouterMethod
-from compressor.methods.scaling import FoldingMethod
+from compressor.methods.scaling import moves_factors
 from compressor.plan import OUTSIDE, Fold, FoldKind, Kind, LayerPlan
 
 
@@ -18,7 +18,7 @@ def plan_folds(method: Method, layers: list[LayerPlan], blocks: BlockSequence, h
 
     Values that are cached in few bits keep their scale: it is measured before factors are chosen.
     """
-    if not isinstance(method, FoldingMethod):
+    if not moves_factors(method):
         return Found((), {})
     kinds = [kind for kind in method.folds if not (has_kv_cache and kind is FoldKind.VALUE)]
     found = find_folds(blocks, layers, kinds)

@@ -26,7 +26,7 @@ from compressor.formats.activations import get_attention_format
 from compressor.formats.base import QuantFormat, group_setting
 from compressor.input_plan import input_notes, plan_inputs, scales_inputs, stored_as, with_inputs
 from compressor.methods.base import Method
-from compressor.methods.scaling import FoldingMethod
+from compressor.methods.scaling import moves_factors
 from compressor.plan import OUTSIDE, ActivationSite, Kind, LayerPlan, Operand, Plan, WeightRef, Where
 from compressor.pruning import get_method
 from compressor.pruning.view import SearchMethod
@@ -169,7 +169,7 @@ def convolution_stays(ref: WeightRef, method: Method, fmt: QuantFormat, recipe: 
     """Return why a convolution stays dense under this method, or None."""
     if recipe.inputs is not None:
         return "convolution: its inputs cannot be rounded"
-    if isinstance(method, FoldingMethod):
+    if moves_factors(method):
         return f"convolution: {method.name} moves factors between norms and linear layers only"
     if ref.conv_groups > 1 and method.stats(fmt):
         return f"convolution: its {ref.conv_groups} groups read channels of their own; {method.name} wants statistics"

@@ -33,7 +33,7 @@ from compressor.errors import NumericalError, ResourceError
 from compressor.folding import Folding, folded_rows
 from compressor.formats.activations import get_attention_format
 from compressor.methods.base import Layer, RouterMethod, Scope, Stream
-from compressor.methods.scaling import FoldingMethod
+from compressor.methods.scaling import moves_factors
 from compressor.plan import LayerPlan, Operand
 from compressor.process import release_memory, rss
 from compressor.report import Row
@@ -236,7 +236,7 @@ class BlockRunner:
         if not folds:
             return Outcome({})
         assert before.probe is not None
-        assert isinstance(parts.method, FoldingMethod), f"the plan has folds, but {parts.method.name} moves no factors"
+        assert moves_factors(parts.method), f"the plan has folds, but {parts.method.name} moves no factors"
         layers = {layer.ref.name: layer for layer in parts.plan.in_block(index)}
         probe = parts.probe_store.read(before.probe, 0)
         folding = Folding(parts.method, parts.skeleton, layers, parts.format_of, capture, tensors)

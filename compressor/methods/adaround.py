@@ -21,7 +21,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from compressor.calibration.stats import SecondMoment
+from compressor.calibration.stats import Statistic
 from compressor.decision import Outcome, Quantized
 from compressor.formats.base import QParams, QuantFormat, grouped
 from compressor.formats.ints import IntFormat
@@ -29,6 +29,7 @@ from compressor.methods.base import Block, Layer, Scope, Stream
 from compressor.methods.grids import clamped
 from compressor.methods.learning import LearningOptions
 from compressor.methods.reconstruction import learn
+from compressor.methods.scaled import Scaled
 from compressor.methods.starts import from_grid
 from compressor.plan import WeightRef
 
@@ -47,7 +48,7 @@ class AdaRoundOptions(LearningOptions):
     beta_end: float = Field(2.0, gt=0, description="beta at the end")
 
 
-class AdaRound:
+class AdaRound(Scaled):
     """Rounding up or down, learned."""
 
     name = "adaround"
@@ -55,13 +56,14 @@ class AdaRound:
     scope = Scope.BLOCK
     stream = Stream.BOTH
     Options = AdaRoundOptions
+    options: AdaRoundOptions
 
     def __init__(self, options: AdaRoundOptions | None = None) -> None:
         self.options = options or AdaRoundOptions()
 
-    def stats(self, fmt: QuantFormat) -> tuple[SecondMoment, ...]:
-        """Return nothing: the loss is that of the block itself."""
-        return ()
+    def stats(self, fmt: QuantFormat) -> tuple[Statistic, ...]:
+        """Return what factors are chosen by: the loss is that of the block itself."""
+        return self.factor_stats(fmt)
 
     def refuse(self, ref: WeightRef, fmt: QuantFormat) -> str | None:
         """Refuse grids that are not evenly spaced: `floor` and `floor + 1` must be neighbours."""

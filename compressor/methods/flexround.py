@@ -24,13 +24,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from compressor.calibration.stats import SecondMoment
+from compressor.calibration.stats import SecondMoment, Statistic
 from compressor.decision import Outcome, Quantized
 from compressor.formats.base import QParams, QuantFormat, ScaledFormat, grouped
 from compressor.methods.base import Block, Layer, Scope, Stream
 from compressor.methods.grids import clamped
 from compressor.methods.learning import LearningOptions
 from compressor.methods.reconstruction import learn
+from compressor.methods.scaled import Scaled
 from compressor.methods.starts import Start, from_gptq, from_grid
 from compressor.plan import Kind, WeightRef
 
@@ -53,7 +54,7 @@ class FlexRoundOptions(LearningOptions):
         return self.start or ("gptq" if bits == 2 else "mse")
 
 
-class FlexRound:
+class FlexRound(Scaled):
     """Rounding learned by element-wise division."""
 
     name = "flexround"
@@ -61,13 +62,15 @@ class FlexRound:
     scope = Scope.BLOCK
     stream = Stream.BOTH
     Options = FlexRoundOptions
+    options: FlexRoundOptions
 
     def __init__(self, options: FlexRoundOptions | None = None) -> None:
         self.options = options or FlexRoundOptions()
 
-    def stats(self, fmt: QuantFormat) -> tuple[SecondMoment, ...]:
-        """Return the second moment, if GPTQ makes the start."""
-        return (SecondMoment(),) if self.options.begin(fmt.bits) == "gptq" else ()
+    def stats(self, fmt: QuantFormat) -> tuple[Statistic, ...]:
+        """Return the second moment if GPTQ makes the start, and what factors are chosen by."""
+        moments = (SecondMoment(),) if self.options.begin(fmt.bits) == "gptq" else ()
+        return tuple(dict.fromkeys((*moments, *self.factor_stats(fmt))))
 
     def refuse(self, ref: WeightRef, fmt: QuantFormat) -> str | None:
         """Refuse formats whose grid does not stretch with a step."""

@@ -14,6 +14,7 @@ Differs from the paper:
 - Inputs that are zero on all calibration data are rounded to nearest instead of losing their weights. Nothing else
   moves them, and data that did not need them is no proof that nothing will.
 - The damping is a share of the mean over inputs that are not zero.
+- With `scaling=awq` factors per channel move out of the weights first (Lin et al. 2023, arXiv 2306.00978).
 """
 
 from __future__ import annotations
@@ -26,14 +27,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from compressor.calibration.stats import SecondMoment
+from compressor.calibration.stats import SecondMoment, Statistic
 from compressor.decision import Decision, Outcome, Quantized
 from compressor.errors import NumericalError
 from compressor.formats.base import QParams, QuantFormat, ScaledFormat, SearchableFormat
-from compressor.methods.base import Layer, MethodOptions, Scope, Stream, is_pruned
+from compressor.methods.base import Layer, Scope, Stream, is_pruned
 from compressor.methods.columns import Choose, Curvature, Zeros, compensate, try_scales
 from compressor.methods.exponent import searched
 from compressor.methods.grids import best_start, mse_clip, rows_of
+from compressor.methods.scaled import Scaled, ScalingOptions
 from compressor.plan import WeightRef
 
 _MAX_DAMPING = 10.0
@@ -43,7 +45,7 @@ _ROWS = 4096
 """Rows solved at once, which bounds memory; rows do not depend on each other."""
 
 
-class GPTQOptions(MethodOptions):
+class GPTQOptions(ScalingOptions):
     """Options of the loop and its grid."""
 
     damping: float = Field(
@@ -63,7 +65,7 @@ class GPTQOptions(MethodOptions):
     )
 
 
-class GPTQ:
+class GPTQ(Scaled):
     """Rounding with error compensation."""
 
     name = "gptq"
@@ -71,13 +73,14 @@ class GPTQ:
     scope = Scope.GROUP
     stream = Stream.COMPRESSED
     Options = GPTQOptions
+    options: GPTQOptions
 
     def __init__(self, options: GPTQOptions | None = None) -> None:
         self.options = options or GPTQOptions()
 
-    def stats(self, fmt: QuantFormat) -> tuple[SecondMoment, ...]:
-        """Return the full second moment."""
-        return (SecondMoment(),)
+    def stats(self, fmt: QuantFormat) -> tuple[Statistic, ...]:
+        """Return the full second moment, and what factors are chosen by."""
+        return tuple(dict.fromkeys((SecondMoment(), *self.factor_stats(fmt))))
 
     def refuse(self, ref: WeightRef, fmt: QuantFormat) -> str | None:
         """Refuse formats whose grid cannot be asked about one column."""

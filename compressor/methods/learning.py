@@ -11,13 +11,13 @@ from pydantic import Field
 
 from compressor.calibration import precision
 from compressor.errors import RecipeError
-from compressor.methods.base import MethodOptions
+from compressor.methods.scaled import ScalingOptions
 
 MOST_STEPS_AT_2_BITS = 60
 """More of them fit the calibration tokens better and others worse, up to a useless model."""
 
 
-class LearningOptions(MethodOptions):
+class LearningOptions(ScalingOptions):
     """Options of every method that learns by reconstruction."""
 
     effort: Literal["fast", "balanced", "best"] = Field(

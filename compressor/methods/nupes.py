@@ -30,7 +30,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from compressor.calibration.stats import SecondMoment
+from compressor.calibration.stats import SecondMoment, Statistic
 from compressor.decision import Decision, Outcome, Quantized
 from compressor.formats.base import QParams, QuantFormat, grouped
 from compressor.formats.codebook import TINY
@@ -42,6 +42,7 @@ from compressor.methods.gptq import GPTQ
 from compressor.methods.grids import mse_clip
 from compressor.methods.learning import LearningOptions
 from compressor.methods.reconstruction import learn
+from compressor.methods.scaled import Scaled
 from compressor.methods.starts import Start
 from compressor.plan import WeightRef
 
@@ -90,6 +91,8 @@ class NupesOptions(LearningOptions):
             raise ValueError("exponent is given, so scope=network has nothing to search")
         if self.start == "gptq" and not self.learn:
             raise ValueError("GPTQ needs calibration data, which learn=false does without")
+        if self.scaling != "off" and not self.learn:
+            raise ValueError("factors are chosen on calibration data, which learn=false does without")
         return self
 
     @property
@@ -98,12 +101,13 @@ class NupesOptions(LearningOptions):
         return self.start or ("gptq" if self.learn else "mse")
 
 
-class Nupes:
+class Nupes(Scaled):
     """Power grids, searched or learned."""
 
     name = "nupes"
     summary = "NUPES: grids of powers, exponent and codes learned block by block, or the exponent searched without data"
     Options = NupesOptions
+    options: NupesOptions
 
     def __init__(self, options: NupesOptions | None = None) -> None:
         self.options = options or NupesOptions()
@@ -119,9 +123,10 @@ class Nupes:
         """Both streams while learning, else none."""
         return Stream.BOTH if self.options.learn else Stream.NONE
 
-    def stats(self, fmt: QuantFormat) -> tuple[SecondMoment, ...]:
-        """Return the second moment if GPTQ makes the start."""
-        return (SecondMoment(),) if self.options.begin == "gptq" else ()
+    def stats(self, fmt: QuantFormat) -> tuple[Statistic, ...]:
+        """Return the second moment if GPTQ makes the start, and what factors are chosen by."""
+        moments = (SecondMoment(),) if self.options.begin == "gptq" else ()
+        return tuple(dict.fromkeys((*moments, *self.factor_stats(fmt))))
 
     def refuse(self, ref: WeightRef, fmt: QuantFormat) -> str | None:
         """Refuse what is no power grid, and integers that do not hold the powers asked for."""

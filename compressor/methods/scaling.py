@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Protocol, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -88,13 +88,21 @@ class Factors:
 
 @runtime_checkable
 class FoldingMethod(Method, Protocol):
-    """A method that moves factors per channel before it decides layers."""
+    """A method that moves factors per channel before it decides layers, or may do so."""
 
-    folds: ClassVar[tuple[FoldKind, ...]]
+    @property
+    def folds(self) -> tuple[FoldKind, ...]:
+        """Where it moves them; options may decide. Nowhere if empty."""
+        ...
 
     def fold(self, site: FoldSite) -> Factors:
         """Return the factors of one fold; ones leave everything as it is."""
         ...
+
+
+def moves_factors(method: Method) -> TypeGuard[FoldingMethod]:
+    """Return whether a method, with the options it has, moves factors."""
+    return isinstance(method, FoldingMethod) and bool(method.folds)
 
 
 def bounded(c: Tensor, dead: Tensor) -> Tensor:

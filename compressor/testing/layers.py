@@ -17,7 +17,7 @@ from compressor.calibration.stats import LANES, Accumulator, Statistic
 from compressor.decision import Decision, Outcome, Quantized
 from compressor.formats.base import QuantFormat
 from compressor.methods.base import Layer, Method, Scope
-from compressor.methods.scaling import Factors, FoldingMethod, FoldSite
+from compressor.methods.scaling import Factors, FoldingMethod, FoldSite, moves_factors
 from compressor.plan import Fold, FoldKind, Kind, WeightRef, Where
 from compressor.testing.grids import assert_same_params
 
@@ -83,7 +83,7 @@ def solve(method: Method, layers: Sequence[Layer], fmt: QuantFormat, seed: int =
     outcome's rewrite of `GAIN`.
     """
     assert method.scope in (Scope.LAYER, Scope.GROUP), f"scope {method.scope.value} cannot be tried on layers alone"
-    if isinstance(method, FoldingMethod):
+    if moves_factors(method):
         layers, factors = fold(method, layers, fmt)
         decided = _solve(method, layers, fmt, seed)
         return Outcome(decided.decisions, (*factors.events, *decided.events), rewrites={GAIN: 1 / factors.c})

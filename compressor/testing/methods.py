@@ -23,7 +23,7 @@ from compressor.errors import CompressorError, NumericalError
 from compressor.formats import BUILDERS
 from compressor.formats.base import QuantFormat
 from compressor.methods.base import Layer, Method, Scope
-from compressor.methods.scaling import FoldingMethod
+from compressor.methods.scaling import moves_factors
 from compressor.testing.layers import (
     GAIN,
     assert_storable,
@@ -198,7 +198,7 @@ class MethodConformance(StatedMethod):
         layers = self._layers(fmt, seed=seed)
         x = correlated_inputs(layers[0].weight.shape[1], seed=seed)
         calls = [layers] if self.method.scope is Scope.GROUP else [[layer] for layer in layers]
-        if isinstance(self.method, FoldingMethod):
+        if moves_factors(self.method):
             calls = [layers]
         pairs = []
         for call in calls:

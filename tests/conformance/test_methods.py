@@ -81,6 +81,11 @@ class TestGPTQOnWideGroups(MethodConformance):
     formats = ("int4", "int4-asym", "mxfp4")
 
 
+class TestGPTQOnScaledWeights(MethodConformance):
+    method = GPTQ(GPTQOptions(scaling="awq"))
+    formats = ("int2", "int4", "int4-asym", "nvfp4", "mxfp4", "fp4", "power4", IntFormat(4, None, torch.float32))
+
+
 class TestAWQ(MethodConformance):
     method = AWQ()
     formats = (
@@ -159,6 +164,11 @@ class TestFlexRoundMixed(BlockMethodConformance):
         FlexRoundOptions(iters=12, input_mix=0.5, precision="fp32", start="minmax", batch=1, row_divisor=False)
     )
     formats = ("int4", "nvfp4")
+
+
+class TestFlexRoundOnScaledWeights(BlockMethodConformance):
+    method = FlexRound(FlexRoundOptions(iters=12, scaling="awq"))
+    formats = ("int2", "int4", "nvfp4")
 
 
 class TestAdaRound(BlockMethodConformance):

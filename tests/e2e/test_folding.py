@@ -45,9 +45,18 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
 }
 
 
+SCALED: dict[str, dict[str, Any]] = {
+    "gptq": {"scaling": "awq"},
+    "flexround": {"scaling": "awq", "iters": 4},
+    "adaround": {"scaling": "awq", "iters": 4},
+}
+"""Methods that move AWQ's factors if asked to, with their options."""
+
+
 def quantize(source: Path, out: Path, text: Path, method: str, **options: Any) -> RunReport:
+    options = {"format": "int4", "options": SCALED.get(method, {}), **options}
     return compressor.quantize(
-        str(source), method=method, output=out, data=str(text), n_samples=6, seq_len=32, **{"format": "int4", **options}
+        str(source), method=method, output=out, data=str(text), n_samples=6, seq_len=32, **options
     )
 
 
@@ -60,6 +69,8 @@ def test_results_load_in_stock_transformers_and_compute_the_same(tmp_path: Path)
         ("olmoe", "awq", torch.float32),  # the stock reader decompresses experts to the dtype of the checkpoint
         ("grouped", "smoothquant", torch.float32),
         ("gemma", "smoothquant", torch.bfloat16),
+        *((name, method, torch.bfloat16) for name, method in (("grouped", "gptq"), ("opt", "flexround"))),
+        *(("olmoe", method, torch.float32) for method in ("gptq", "adaround")),
     ):
         case = f"{name}-{method}-{str(dtype).removeprefix('torch.')}"
         source = save_checkpoint(MODELS[name]().to(dtype), tmp_path / f"{case}-source")
@@ -108,13 +119,22 @@ def test_awq_is_closer_to_the_original_than_rounding(tmp_path: Path) -> None:
     source, text = save_checkpoint(model, tmp_path / "source"), write_text(tmp_path / "text.txt")
     tokens = models.sample_tokens(model, 64)
     errors = {}
-    for name, options in {"rtn": {}, "awq": {}, "scaling": {"options": {"clip": False}}}.items():
-        quantize(source, tmp_path / name, text, "rtn" if name == "rtn" else "awq", format="int3", **options)
+    runs = {
+        **{
+            "rtn": {"method": "rtn"},
+            "awq": {"method": "awq"},
+            "scaling": {"method": "awq", "options": {"clip": False}},
+        },
+        **{"gptq": {"method": "gptq", "options": {}}, "gptq on scaled weights": {"method": "gptq"}},
+    }
+    for name, options in runs.items():
+        quantize(source, tmp_path / name, text, format="int3", **options)
         with torch.no_grad():
             difference = compressor.load(tmp_path / name)(tokens)[0] - model(tokens)[0]
         errors[name] = float(difference.norm())
     assert errors["awq"] < 0.8 * errors["rtn"], errors
     assert errors["scaling"] < 0.9 * errors["rtn"], errors
+    assert errors["gptq on scaled weights"] < 0.95 * errors["gptq"], errors
 
 
 def test_layers_in_no_fold_say_why(tmp_path: Path) -> None:
@@ -129,7 +149,7 @@ def test_layers_in_no_fold_say_why(tmp_path: Path) -> None:
     assert any(row["action"] == "rewritten" for row in written["rows"])
 
 
-@pytest.mark.parametrize("method", ["awq", "smoothquant"])
+@pytest.mark.parametrize("method", ["awq", "smoothquant", "gptq", "flexround"])
 @pytest.mark.parametrize("done", [1, 2])
 def test_a_run_that_was_stopped_writes_the_same_bytes(
     method: str, done: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -27,6 +27,7 @@ RUNS = {
     "sampled inputs": "quantize llama -m fp4 -f nvfp4 --inputs nvfp4",
     "folds": "quantize llama -m awq -f int4",
     "learned": "quantize llama -m flexround -f int3 --option iters=3",
+    "learned on scaled weights": "quantize llama -m flexround -f int3 --option iters=3 --option scaling=awq",
     "inputs and cache": "quantize llama -m gptq -f int8 --inputs int8-tensor --kv-cache fp8",
     "experts": "quantize moe -m gptq -f int4 --min-expert-tokens 90",
     "scarce experts": "quantize moe -m flexround -f int4 --option iters=2 --min-expert-tokens 110",
