@@ -50,8 +50,8 @@ def study_table(table: Table) -> list[str]:
 
 def column_of(row: Row) -> str:
     """Return the heading of a row's column: what is done, whatever it is calibrated on."""
-    effort = f" effort={row.options['effort']}" if "effort" in row.options else ""
-    return f"`{row.method}`{effort}, {row.format}"
+    options = "".join(f" {name}={value}" for name, value in row.options.items())
+    return f"`{row.method}`{options}, {row.format}"
 
 
 def set_of(row: Row, table: Table) -> str:
