@@ -57,7 +57,8 @@ def row_of_command(command: str) -> str:
     flags = dict(zip(words, [*words[1:], ""], strict=True))
     fmt, inputs = flags.get("--format", "int8"), flags.get("--inputs")
     group = " g64" if fmt.startswith(GROUPED) and not inputs else ""
-    return f"{fmt}{group} {flags['--method']}" + (f" inputs {inputs}" if inputs else "")
+    option = f" {flags['--option']}" if "--option" in flags else ""
+    return f"{fmt}{group} {flags['--method']}{option}" + (f" inputs {inputs}" if inputs else "")
 
 
 def as_quoted(value: float, quoted: str) -> str:
