@@ -63,7 +63,7 @@ class AdaRound(Scaled):
 
     def stats(self, fmt: QuantFormat) -> tuple[Statistic, ...]:
         """Return what factors are chosen by: the loss is that of the block itself."""
-        return self.factor_stats(fmt)
+        return self.with_factor_stats((), fmt)
 
     def refuse(self, ref: WeightRef, fmt: QuantFormat) -> str | None:
         """Refuse grids that are not evenly spaced: `floor` and `floor + 1` must be neighbours."""

@@ -70,7 +70,7 @@ class FlexRound(Scaled):
     def stats(self, fmt: QuantFormat) -> tuple[Statistic, ...]:
         """Return the second moment if GPTQ makes the start, and what factors are chosen by."""
         moments = (SecondMoment(),) if self.options.begin(fmt.bits) == "gptq" else ()
-        return tuple(dict.fromkeys((*moments, *self.factor_stats(fmt))))
+        return self.with_factor_stats(moments, fmt)
 
     def refuse(self, ref: WeightRef, fmt: QuantFormat) -> str | None:
         """Refuse formats whose grid does not stretch with a step."""

@@ -80,7 +80,7 @@ class GPTQ(Scaled):
 
     def stats(self, fmt: QuantFormat) -> tuple[Statistic, ...]:
         """Return the full second moment, and what factors are chosen by."""
-        return tuple(dict.fromkeys((SecondMoment(), *self.factor_stats(fmt))))
+        return self.with_factor_stats((SecondMoment(),), fmt)
 
     def refuse(self, ref: WeightRef, fmt: QuantFormat) -> str | None:
         """Refuse formats whose grid cannot be asked about one column."""

@@ -126,7 +126,7 @@ class Nupes(Scaled):
     def stats(self, fmt: QuantFormat) -> tuple[Statistic, ...]:
         """Return the second moment if GPTQ makes the start, and what factors are chosen by."""
         moments = (SecondMoment(),) if self.options.begin == "gptq" else ()
-        return tuple(dict.fromkeys((*moments, *self.factor_stats(fmt))))
+        return self.with_factor_stats(moments, fmt)
 
     def refuse(self, ref: WeightRef, fmt: QuantFormat) -> str | None:
         """Refuse what is no power grid, and integers that do not hold the powers asked for."""

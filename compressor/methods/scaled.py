@@ -26,7 +26,7 @@ class ScalingOptions(MethodOptions):
 class Scaled:
     """A method that moves AWQ's factors first if its options say so.
 
-    Derived classes add `factor_stats` to what they return from `stats`.
+    Derived classes return what they need themselves through `with_factor_stats`.
     """
 
     options: ScalingOptions
@@ -40,6 +40,6 @@ class Scaled:
         """Choose the factors of one fold as AWQ does."""
         return AWQ().fold(site)
 
-    def factor_stats(self, fmt: QuantFormat) -> tuple[Statistic, ...]:
-        """Return the statistics that factors are chosen by, if any are."""
-        return AWQ().stats(fmt) if self.folds else ()
+    def with_factor_stats(self, own: tuple[Statistic, ...], fmt: QuantFormat) -> tuple[Statistic, ...]:
+        """Return a method's own statistics and those that factors are chosen by, if any are; each once."""
+        return tuple(dict.fromkeys((*own, *(AWQ().stats(fmt) if self.folds else ()))))

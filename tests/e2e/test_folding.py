@@ -120,12 +120,11 @@ def test_awq_is_closer_to_the_original_than_rounding(tmp_path: Path) -> None:
     tokens = models.sample_tokens(model, 64)
     errors = {}
     runs = {
-        **{
-            "rtn": {"method": "rtn"},
-            "awq": {"method": "awq"},
-            "scaling": {"method": "awq", "options": {"clip": False}},
-        },
-        **{"gptq": {"method": "gptq", "options": {}}, "gptq on scaled weights": {"method": "gptq"}},
+        "rtn": {"method": "rtn"},
+        "awq": {"method": "awq"},
+        "scaling": {"method": "awq", "options": {"clip": False}},
+        "gptq": {"method": "gptq", "options": {}},
+        "gptq on scaled weights": {"method": "gptq"},
     }
     for name, options in runs.items():
         quantize(source, tmp_path / name, text, format="int3", **options)
