@@ -163,6 +163,8 @@ def run(
     """Measure a table, write `cpu.json` and `cpu.md` to `output` if given, and return the Markdown."""
     torch.set_num_threads(threads)
     capability = torch.backends.cpu.get_cpu_capability()
+    if torch.cpu.get_capabilities().get("amx_bf16"):
+        capability += " and AMX"
     machine = (
         f"{platform.machine()} CPU with {capability}, {threads} thread{'s' * (threads > 1)}, PyTorch "
         f"{torch.__version__}; medians of {rounds} rounds."

@@ -15,8 +15,8 @@ from torch.nn import functional
 
 from compressor.kernels.cpu.layout import CpuWeight, steps_of
 
-AT_ONCE = 1 << 20
-"""Weights decoded in one step: few enough for caches, enough to make calls cheap."""
+AT_ONCE = 1 << 19
+"""Weights that a thread decodes in one step: few enough for its caches, enough to make calls cheap."""
 
 PART = 1 << 23
 """Weights decoded before they are multiplied: more would need as much memory as a dense layer."""
@@ -110,7 +110,7 @@ def _bytes(weight: CpuWeight, rows: slice) -> Tensor:
     """Return outputs of a weight of one code per byte, bfloat16 `[outputs, k]`."""
     codes, scale = weight.codes[rows], weight.scale[rows, None]
     out = torch.empty(codes.shape, dtype=torch.bfloat16)
-    at_once = max(1, AT_ONCE // codes.shape[1])
+    at_once = max(1, AT_ONCE * torch.get_num_threads() // codes.shape[1])
     for part, signed, step in zip(out.split(at_once), codes.split(at_once), scale.split(at_once), strict=True):
         part.copy_(signed).mul_(step)
     return out
@@ -136,7 +136,7 @@ def _columns(weight: CpuWeight, rows: slice, step: Tensor, zero: Tensor | None) 
     middle = None
     if zero is not None and weight.planes == 1:  # codes and zero points fit bytes: less work than with numbers
         middle = zero[:, rows].to(torch.uint8).unflatten(1, (blocks, 2, half)).permute(2, 1, 0, 3).unsqueeze(3)
-    at_once = min(groups, max(1, AT_ONCE // (outputs * group)))
+    at_once = min(groups, max(1, AT_ONCE * torch.get_num_threads() // (outputs * group)))
     scratch = torch.empty(3 - weight.planes, blocks, at_once * group * half + LINE, dtype=torch.uint8)
     for start in range(0, groups, at_once):
         chosen = slice(start, min(start + at_once, groups))

@@ -33,13 +33,13 @@ FEW_ROWS = 8
 """Up to how many rows of activations `_weight_int8pack_mm` is faster: it reads the same bytes, and no codes are made.
 Small layers would gain by it up to 15 rows, large ones up to 5."""
 
-ROWS_AT_ONCE = 1024
+ROWS_AT_ONCE = 512
 """Rows of activations multiplied at once: bounds the memory of their sums, 4 bytes each."""
 
 BYTES_AT_ONCE = 16
 
 IN_CACHE = 1 << 17
-"""Numbers treated in one step, between operations that read them again."""
+"""Numbers that a thread treats in one step, between operations that read them again."""
 
 
 @dataclass(frozen=True)
@@ -169,10 +169,11 @@ def cpu_int_linear(
     rounding, scale = Rounding(input_bits, symmetric, clip, step, order, shift, factor), scale.float()
     flat = x.reshape(-1, k)
     out = x.new_empty(len(flat), n)
+    totals = torch.empty(min(ROWS_AT_ONCE, len(flat)), n, dtype=torch.int32)  # once: new pages cost as much as products
     for part, results in zip(flat.split(ROWS_AT_ONCE), out.split(ROWS_AT_ONCE), strict=True):
         if len(part):
             codes, steps, zero = quantize(part, rounding)
-            total = torch._int_mm(codes, numbers.T)  # int32 [rows, n]
+            total = torch._int_mm(codes, numbers.T, out=totals[: len(part)])
             _finish(total, steps, zero, scale, sums, bias, results)
     return out.view(*x.shape[:-1], n)
 
@@ -209,7 +210,7 @@ def quantize(x: Tensor, rounding: Rounding) -> tuple[Tensor, Tensor, Tensor]:
     codes = torch.empty(m, k, dtype=torch.int8)
     scales = torch.empty(m, 1)
     zeros = torch.empty(0 if rounding.symmetric else m, 1)
-    at_once = max(1, IN_CACHE // k)
+    at_once = max(1, IN_CACHE * torch.get_num_threads() // k)
     wide, sizes = torch.empty(2, min(at_once, m), k)
     for start in range(0, m, at_once):
         rows = slice(start, min(start + at_once, m))
@@ -261,7 +262,7 @@ def _finish(
         out: Floating point `[m, n]`.
     """
     m, n = total.shape
-    at_once = max(1, IN_CACHE // n)
+    at_once = max(1, IN_CACHE * torch.get_num_threads() // n)
     points = zero.to(torch.int32)
     wide = torch.empty(min(at_once, m), n)
     for start in range(0, m, at_once):

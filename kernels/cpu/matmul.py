@@ -9,11 +9,11 @@ from torch.nn import functional
 from compressor.kernels.cpu.decode import decoded_linear
 from compressor.kernels.cpu.layout import CpuWeight, dequantize
 
-PACKED_ROWS = {1: 64, 2: 24, 0: 32}
+PACKED_ROWS = {1: 48, 2: 20, 0: 28}
 """Up to how many rows of activations the packed operator is faster than decoding, by planes of the weight.
 
-Measured with `python -m compressor.kernels.bench --cpu` on AVX-512; hardly depends on the shape, as both costs
-grow with the number of weights.
+Measured with `python -m compressor.kernels.bench --cpu` on AVX-512 with AMX, whose dense products are fast (without AMX
+decoding wins some rows later); hardly depends on the shape, as both costs grow with the number of weights.
 """
 
 

@@ -316,7 +316,7 @@ def test_no_kernel_is_slower_than_decoding_and_multiplying(name: str) -> None:
         cells = bench.measure(name, (768, 768), (1, 4, 16, 64, 512), rounds=9)
     finally:
         torch.set_num_threads(threads)
-    slower = {cell.m: (cell.kernel, cell.over_decoded) for cell in cells if cell.over_decoded < 0.75}
+    slower = {cell.m: (cell.kernel, cell.over_decoded) for cell in cells if cell.over_decoded < 0.85}
     assert not slower, slower
     if name == "int4 g64":
         assert cells[0].over_dense > 1.5, cells[0]  # of a small layer; large ones are the test above
