@@ -12,15 +12,20 @@ from compressor.formats.activations import get_input_format
 from compressor.formats.base import SearchableFormat
 from compressor.formats.small_floats import SPLITS
 from compressor.formats.split_floats import POINTS, SplitFloat
+from compressor.methods.awq import AWQOptions
 from compressor.methods.base import Method, Stream
 from compressor.methods.fp4 import FP4Options
 from compressor.methods.learning import LearningOptions
+from compressor.methods.scaled import ScalingOptions
 from compressor.plan import OUTSIDE, Plan
 from compressor.pruning.base import PruningMethod
 from compressor.recipe import CalibrationSpec
 
 SETTLED = 2
 """Rounds after which most joint searches of weights and inputs find nothing new; further ones cost nothing then."""
+
+FACTORS = 20
+"""Candidates of factors that AWQ tries for every fold by default."""
 
 SECONDS_PER_BYTE = 4e-9
 """Reading, converting, packing, hashing and writing, per source byte; measured on one CPU core."""
@@ -55,6 +60,9 @@ def estimate_seconds(plan: Plan, method: Method, spec: CalibrationSpec, device: 
     options = getattr(method, "options", None)
     operations = 0.0
     widths: dict[str, int] = {}
+    scaled: set[str] = set()
+    if isinstance(options, AWQOptions | ScalingOptions):  # of the plan's folds, if it has any, AWQ searches the factors
+        scaled = {name for fold in plan.folds for name in fold.readers}
     for layer in plan.compressed:
         if layer.ref.block == OUTSIDE:
             continue  # rounded by itself
@@ -62,6 +70,9 @@ def estimate_seconds(plan: Plan, method: Method, spec: CalibrationSpec, device: 
         rows, columns = layer.ref.matrix
         operations += 2.0 * passes * tokens * rows * columns
         fmt = get_format(layer.format or "", layer.group_size, DTYPES[plan.default_dtype])
+        if layer.ref.name in scaled:
+            # Each candidate is rounded to, dozens of element operations, and judged by the second moment.
+            operations += FACTORS * (40.0 * rows * columns + 2.0 * rows * columns * columns)
         if isinstance(options, FP4Options) and layer.inputs and get_input_format(layer.inputs).searched:
             splits = len(SPLITS[get_input_format(layer.inputs).bits])
             step = splits * options.points * 2.0 * options.tokens * rows * columns

@@ -1,7 +1,7 @@
 """`compress auto`: formats per layer, and a method, for a size; what was weighed and why, as plain data.
 
 The formats come from `compressor.allocation` with what `sensitivity.py` measures. The method is the best one, in the
-order of the project's own tables, whose estimated time is within the user's limit.
+order of the project's own tables, that takes these formats and whose estimated time is within the user's limit.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,13 +20,13 @@ from compressor.calibration.dataset import build
 from compressor.checkpoint.source import DTYPES
 from compressor.environment import load_tokenizer
 from compressor.errors import RecipeError, UnsupportedError, did_you_mean
-from compressor.estimate import estimate_seconds
 from compressor.formats import get_format, parse_group_size
 from compressor.formats.base import QuantFormat
 from compressor.plan import Kind, LayerPlan
 from compressor.recipe import CalibrationSpec, Recipe
 from compressor.report import Progress, Silent
 from compressor.runtime import load
+from compressor.ship.auto_method import NOWHERE, recipe_of
 from compressor.ship.sensitivity import choices_of, observe
 
 READERS: dict[str, tuple[str, ...]] = {
@@ -39,17 +38,11 @@ READERS: dict[str, tuple[str, ...]] = {
 }
 """Formats that each reader runs, as `--set` takes them: of vLLM, those its releases have fast kernels for."""
 
-METHODS = ("flexround", "gptq", "rtn")
-"""The best first: their order in the tables of weights and of learned rounding, at any number of bits."""
-
 SAMPLES, LENGTH, ROWS = 4, 256, 128
 """Samples that sensitivities are measured on, tokens of each, and tokens kept of each."""
 
 SLACK = 0.001
 """Bits per weight by which a size in bits may be exceeded: shapes are stored too, and 4.25bpw means int4:64."""
-
-_NOWHERE = Path(".compress-auto")
-"""Plans are made for this folder, and never carried out."""
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(bpw|[kMGT]?B)", re.IGNORECASE)
 _UNITS = {"b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
@@ -139,7 +132,7 @@ def find(
         model: What `compress quantize` takes.
         size: `4.5bpw`, bits per compressed weight with scales, or `2GB`, of all weights on disk.
         reader: A key of `READERS`.
-        method: Takes the choice of method away.
+        method: Takes the choice of method away; it has the options of `auto_method.METHODS`.
         minutes: What compressing may take on this machine, estimated.
         calibration: Text for both measuring and compressing.
         seed: Of everything random.
@@ -165,7 +158,7 @@ def find(
         seed=seed,
         trust_remote_code=trust_remote_code,
     )
-    job = prepare(base, _NOWHERE, device=device)
+    job = prepare(base, NOWHERE, device=device)
     layers = {layer.ref.name: layer for layer in job.plan.compressed}
     _refuse(job, layers.values())
     weights = sum(layer.ref.numel for layer in layers.values())
@@ -179,7 +172,7 @@ def find(
         for found in uniform(groups, budget)
     }
     allocation, family = _best(groups, allocation, alternatives, budget)
-    recipe, why = _with_method(base, layers, groups, allocation, method, minutes, device)
+    recipe, why = recipe_of(base, layers, groups, allocation, method, minutes, device)
     limit = getattr(job.skeleton.model.config.get_text_config(), "max_position_embeddings", None)
     context = min(limit or 1024, 1024)
     reasons = (*family, *_moved(groups, allocation), why)
@@ -290,36 +283,3 @@ def _moved(groups: tuple[Group, ...], allocation: Allocation, count: int = 3) ->
         (more if chosen.nbytes > usual.nbytes else less).append(entry)
     saved = [f"{said} saves {1000 * nats:.2f} thousandths of a nat" for nats, said in sorted(more)[::-1][:count]]
     return [*saved, *(f"{said} costs {1000 * nats:.2f} thousandths" for nats, said in sorted(less)[:count])]
-
-
-def _with_method(
-    base: Recipe,
-    layers: Mapping[str, LayerPlan],
-    groups: tuple[Group, ...],
-    allocation: Allocation,
-    method: str | None,
-    minutes: float,
-    device: str,
-) -> tuple[Recipe, str]:
-    """Return the recipe that carries an allocation out, and why it has its method."""
-    by_name = {name: allocation.chosen[group.name].format for group in groups for name in group.members}
-    common = Counter(by_name.values()).most_common(1)[0][0]
-    kind, _, group_size = common.partition(":")
-    overrides = []
-    for name in layers:
-        if by_name[name] != common:
-            other, found, size = by_name[name].partition(":")
-            overrides.append({"match": name, "format": other, "group_size": size if found else None})
-    update = {"format": kind, "group_size": group_size or None, "overrides": overrides}
-    slow: list[str] = []
-    for candidate in (method,) if method else METHODS:
-        assert candidate is not None
-        recipe = Recipe.model_validate({**base.model_dump(), **update, "method": candidate})
-        job = prepare(recipe, _NOWHERE, device=device)
-        seconds = estimate_seconds(job.plan, job.method, recipe.calibration, job.skeleton.device)
-        if method or seconds <= 60 * minutes or candidate == METHODS[-1]:
-            chosen = f"method {candidate}, about {seconds / 60:.0f} minutes here"
-            after = f"; {', '.join(slow)} more than the {minutes:g} allowed" if slow else ""
-            return recipe, chosen + (", as asked for" if method else after)
-        slow.append(f"{candidate} would take {seconds / 60:.0f},")
-    raise AssertionError

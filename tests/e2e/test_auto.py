@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from compressor.cli import app as cli
-from compressor.errors import RecipeError, UnsupportedError
+from compressor.errors import CompressorError, RecipeError, UnsupportedError
 from compressor.formats import get_format
 from compressor.output import REPORT
-from compressor.recipe import CalibrationSpec
+from compressor.recipe import CalibrationSpec, Recipe
 from compressor.ship.auto import READERS, SLACK, build_format, find, parse_size
 from compressor.ship.sensitivity import Seen, choices_of, expected_kl, observe
 from compressor.testing.models import tiny_llama, tiny_mixtral
@@ -130,15 +130,29 @@ def test_gigabytes_count_everything(shared: Path) -> None:
 
 
 def test_the_method_is_the_best_in_time(shared: Path) -> None:
-    def chosen(minutes: float) -> tuple[str, str]:
+    def chosen(minutes: float) -> tuple[Recipe, str]:
         found = find(str(shared / "tiny"), "4.5bpw", reader="transformers", minutes=minutes, calibration=spec(shared))
-        return found.recipe.method, found.reasons[-1]
+        return found.recipe, found.reasons[-1]
 
-    assert chosen(1e6)[0] == "flexround"
-    method, reason = chosen(0)
-    assert method == "rtn"
+    recipe, reason = chosen(1e6)
+    assert (recipe.method, recipe.options) == ("flexround", {"scaling": "awq"})
+    assert reason.startswith("method flexround with scaling=awq, about ")
+    recipe, reason = chosen(0)
+    assert (recipe.method, recipe.options) == ("rtn", {})
+    assert reason.startswith("method rtn, about ")
     assert "flexround would take" in reason
     assert "gptq would take" in reason
+
+
+def test_methods_that_do_not_take_the_format_are_passed_over(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(READERS, "vllm", ("fp8",))  # neither learning a step nor compensating knows it
+    monkeypatch.setattr("compressor.ship.auto.mixable", lambda groups: groups)
+    found = find(str(shared / "tiny"), "9bpw", minutes=1e6, calibration=spec(shared))
+    assert (found.recipe.format, found.recipe.method) == ("fp8", "rtn")
+    assert "method flexround learns the step of a grid, which fp8 does not have" in found.reasons[-1]
+    assert "method gptq rounds with" in found.reasons[-1]
+    with pytest.raises(CompressorError, match="method gptq rounds with"):
+        find(str(shared / "tiny"), "9bpw", method="gptq", calibration=spec(shared))
 
 
 @pytest.mark.parametrize("text", ["", "4", "4 bits", "-1bpw", "0bpw", "2GiBs", "bpw"])
@@ -177,7 +191,7 @@ def test_from_the_command_line(
     assert code == 0, err
     assert "chosen: " in text
     assert "expected KL" in text
-    assert "method gptq" in text
+    assert "method gptq with scaling=awq" in text
     assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == []
     code, text, err = call("--json")
     assert code == 0, err
@@ -186,6 +200,7 @@ def test_from_the_command_line(
     stored = {row["name"]: row["action"] for row in report["rows"] if row["action"] not in ("kept", "rewritten")}
     assert report["bits_per_weight"] == pytest.approx(data["bits_per_weight"])
     assert report["bits_per_weight"] <= 4.5 + SLACK
+    assert "rewritten" in {row["action"] for row in report["rows"]}  # norms, by the factors
     formats = {name: choice for name, choice in data["formats"].items() if name in stored}
     assert formats
     assert all(stored[name] == choice.partition(":")[0] for name, choice in formats.items())

@@ -57,6 +57,16 @@ def test_learning_grows_with_steps_and_inputs_with_points(seconds: Any) -> None:
     assert few < many < 4 * few
 
 
+@pytest.mark.parametrize("method", ["gptq", "flexround"])
+def test_searching_factors_costs_the_same_in_front_of_any_method(seconds: Any, method: str) -> None:
+    plain, scaled = (
+        seconds(method, format="int4", group_size="32", options={"scaling": value}) for value in ("off", "awq")
+    )
+    off, awq = (seconds("gptq", format="int4", group_size="32", options={"scaling": value}) for value in ("off", "awq"))
+    assert scaled - plain == pytest.approx(awq - off)
+    assert scaled > plain + 1
+
+
 def test_calibration_grows_with_samples(seconds: Any) -> None:
     few, many = (seconds("gptq", n_samples=n, format="int4", group_size="32") for n in (4, 8))
     assert few < many < 2 * few
